@@ -1,0 +1,203 @@
+"""Which code runs on which device, and why not another: the only file that decides it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from fastswa.flat import FlatBuffers
+
+Backend = Literal["auto", "triton", "torch"]
+
+_log = logging.getLogger("fastswa")
+
+
+class Update(Protocol):
+    """An update of fixed tensors, prepared to run again and again."""
+
+    @property
+    def by_address(self) -> Sequence[Tensor]:
+        """The sources that must keep their memory; the others are found through the tensor each time."""
+
+    def lerp_(self, weight: float | Tensor) -> None:
+        """Move the averages towards their sources by `weight`, and make the copies."""
+
+
+@cache
+def say_once(message: str) -> None:
+    """Log at DEBUG why a slower way was taken, the first time only.
+
+    Args:
+        message: the way and the reason.
+    """
+    _log.debug(message)
+
+
+def choose(backend: str, device: torch.device) -> Literal["triton", "torch"]:
+    """The code that updates averages on a device.
+
+    Args:
+        backend: "triton" and "torch" are obeyed; "auto" takes Triton on a GPU where it can run, else torch.
+        device: where the averages are.
+
+    Returns:
+        "triton" or "torch".
+
+    Raises:
+        ValueError: a backend of another name.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+
+    Example:
+        >>> choose("auto", torch.device("cpu"))
+        'torch'
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return "torch"
+    from fastswa_kernels import refusal
+
+    reason = refusal(device)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' can't run here: {reason}; use backend='auto'")
+    say_once(f"averages on {device} are updated by torch: {reason}")
+    return "torch"
+
+
+def prepare(
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    copy_to: Sequence[Tensor],
+    copy_from: Sequence[Tensor],
+    backend: str,
+    flat: FlatBuffers,
+) -> Update:
+    """Choose the code for each device that holds averages, and let it prepare.
+
+    Args:
+        averages: real floating tensors; written.
+        sources: one for each average; any floating dtype, strides and device; read.
+        copy_to: tensors of any dtype, to be overwritten.
+        copy_from: one for each of `copy_to`; any dtype, strides and device.
+        backend: as `choose` takes it.
+        flat: the buffers in which `averages` and `copy_to` lie.
+
+    Returns:
+        The prepared update.
+
+    Raises:
+        ValueError: sources that overlap the averages in memory.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+    """
+    updates: list[Update] = []
+    for device in dict.fromkeys(tensor.device for tensor in (*averages, *copy_to)):
+        lerps = [pair for pair in zip(averages, sources, strict=True) if pair[0].device == device]
+        copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
+        make = _triton_update if choose(backend, device) == "triton" else _torch_update
+        updates.append(make(lerps, copies, flat))
+    return updates[0] if len(updates) == 1 else _Several(updates)
+
+
+@torch.no_grad()
+def lerp_lists_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float | Tensor) -> None:
+    """Update lists that are known only for this call, as torch hands them to a `multi_avg_fn`.
+
+    Args:
+        averages: tensors of one dtype on one device, written. Integer tensors are copied, not averaged.
+        sources: one for each average, on that device.
+        weight: in [0, 1]: a float, or a 0-dimensional tensor on the device.
+    """
+    if not averages:
+        return
+    first = averages[0]
+    if first.is_complex():
+        averages, sources = list(map(torch.view_as_real, averages)), list(map(torch.view_as_real, sources))
+    if not (first.is_floating_point() or first.is_complex()):
+        torch._foreach_copy_(list(averages), list(sources))
+    elif choose("auto", first.device) == "triton":
+        from fastswa_kernels import lerp_
+
+        lerp_(averages, sources, weight)
+    else:
+        from fastswa.torch_update import TorchUpdate
+
+        TorchUpdate(averages, sources, (), (), None).lerp_(weight)
+
+
+_Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
+    from fastswa_kernels import LerpTable
+    from fastswa_kernels.table import layout_refusal
+
+    staged = _Staged()
+    sources = staged.replace(lerps, lambda to, origin: layout_refusal(to, origin) is not None, keep_dtype=True)
+    copy_from = staged.replace(
+        copies, lambda to, origin: to.dtype != origin.dtype or layout_refusal(to, origin) is not None, keep_dtype=False
+    )
+    return staged.before(LerpTable([to for to, _ in lerps], sources, [to for to, _ in copies], copy_from))
+
+
+def _torch_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
+    from fastswa.torch_update import TorchUpdate
+
+    staged = _Staged()
+    sources = staged.replace(lerps, lambda to, origin: to.device != origin.device, keep_dtype=True)
+    averages = [to for to, _ in lerps]
+    return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
+
+
+def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    return [to for to, _ in pairs], [origin for _, origin in pairs]
+
+
+class _Staged:
+    """Sources that an update can't read in place, copied before it into memory that it can."""
+
+    by_address: Sequence[Tensor]
+
+    def __init__(self) -> None:
+        self._to: list[Tensor] = []
+        self._origin: list[Tensor] = []
+        self._update: Update
+
+    def replace(self, pairs: _Pairs, unreadable: Callable[[Tensor, Tensor], bool], keep_dtype: bool) -> list[Tensor]:
+        """The sources of some pairs, with a copy in the target's layout wherever one is needed."""
+        sources = []
+        for target, source in pairs:
+            if unreadable(target, source):
+                self._to.append(torch.empty_like(target, dtype=source.dtype if keep_dtype else target.dtype))
+                self._origin.append(source)
+                source = self._to[-1]
+            sources.append(source)
+        return sources
+
+    def before(self, update: Update) -> Update:
+        """The update, preceded by the copies if there are any."""
+        self._update = update
+        self.by_address = update.by_address
+        return self if self._to else update
+
+    def lerp_(self, weight: float | Tensor) -> None:
+        torch._foreach_copy_(self._to, self._origin)
+        self._update.lerp_(weight)
+
+
+class _Several:
+    """Updates on several devices, as one."""
+
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self._updates = updates
+        self.by_address = [tensor for update in updates for tensor in update.by_address]
+
+    def lerp_(self, weight: float | Tensor) -> None:
+        for update in self._updates:
+            update.lerp_(weight)

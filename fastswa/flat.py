@@ -1,0 +1,125 @@
+"""Contiguous memory under tensors that keep their own shapes, strides and storages."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+
+ALIGNMENT = 128
+"""Bytes: on a GPU every tensor starts on a cache line, so that every one qualifies for 128-bit access."""
+
+SAMPLES = 8
+"""Tensors whose addresses are compared, for changes to the whole module that the storages can't report."""
+
+
+class FlatBuffers:
+    """Move tensors into one buffer for each (device, dtype), in the order given.
+
+    Each tensor keeps its identity, shape, values and memory format, and gets dense strides. Its memory becomes a
+    stretch of the buffer through a storage of its own: saving, copying or deleting one tensor concerns that stretch
+    alone, though the buffer lives as long as any of them.
+
+    Args:
+        tensors: strided tensors of any shape and of any dtype that DLPack knows, each listed once.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> flat = FlatBuffers(list(layer.parameters()))
+        >>> flat.span(layer.weight, layer.bias).shape
+        torch.Size([8])
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._all_held = True
+        self._place: dict[int, _Place] = {}
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        offsets = []
+        for tensor in tensors:
+            key = (tensor.device, tensor.dtype)
+            # On a CPU they stand end to end, so that neighbours can be averaged as one.
+            step = 1 if tensor.device.type == "cpu" else ALIGNMENT // tensor.element_size()
+            offset = -(-sizes.get(key, 0) // step) * step
+            offsets.append(offset)
+            sizes[key] = offset + tensor.numel()
+        buffers = {
+            (device, dtype): torch.empty(size, dtype=dtype, device=device) for (device, dtype), size in sizes.items()
+        }
+        self._samples = [tensor for tensor in tensors if tensor.numel()][:: max(1, len(tensors) // SAMPLES)]
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            key = (tensor.device, tensor.dtype)
+            if tensor.numel():
+                _move(tensor, buffers[key][offset : offset + tensor.numel()])
+                self._place[tensor.data_ptr()] = _Place(buffers[key], offset)
+                self._storages.append(weakref.ref(tensor.untyped_storage(), self._let_go()))
+        self._sampled = list(map(Tensor.data_ptr, self._samples))
+
+    @property
+    def intact(self) -> bool:
+        """Whether the tensors still have the memory that they were given.
+
+        Costs no look at each tensor: a storage that its tensor let go of (replaced, moved by `.to()`, assigned to)
+        reports its own end. Where an alias keeps the storage alive, a few tensors' addresses stand for all.
+        """
+        return self._all_held and list(map(Tensor.data_ptr, self._samples)) == self._sampled
+
+    def _let_go(self) -> Callable[[object], None]:
+        # Through a weak reference: a storage must not keep these buffers alive by its callback.
+        flat = weakref.ref(self)
+
+        def let_go(_: object) -> None:
+            alive = flat()
+            if alive is not None:
+                alive._all_held = False
+
+        return let_go
+
+    def adjacent(self, first: Tensor, second: Tensor) -> bool:
+        """Whether a tensor starts in a buffer where another ends.
+
+        Args:
+            first: a tensor that was moved, or a view of its memory.
+            second: the same.
+        """
+        one, other = self._place.get(first.data_ptr()), self._place.get(second.data_ptr())
+        return (
+            one is not None
+            and other is not None
+            and one.buffer is other.buffer
+            and one.offset + first.numel() == other.offset
+        )
+
+    def span(self, first: Tensor, last: Tensor) -> Tensor:
+        """The stretch of buffer from one tensor to the end of another.
+
+        Args:
+            first: a tensor that was moved.
+            last: the same, or a later one of the same buffer.
+
+        Returns:
+            A one-dimensional view of the buffer.
+        """
+        start, end = self._place[first.data_ptr()], self._place[last.data_ptr()]
+        return start.buffer[start.offset : end.offset + last.numel()]
+
+
+@dataclass(frozen=True)
+class _Place:
+    buffer: Tensor
+    offset: int
+
+
+@torch.no_grad()
+def _move(tensor: Tensor, stretch: Tensor) -> None:
+    """Make `stretch` the memory of `tensor`, through a storage that ends where the stretch ends."""
+    # A plain view would share the buffer's storage, and torch.save of one layer would write the whole buffer.
+    own = from_dlpack(to_dlpack(stretch))
+    strides = torch.empty_like(tensor, device="meta").stride()
+    dense = own.as_strided(tensor.shape, strides)
+    dense.copy_(tensor)
+    tensor.data = dense

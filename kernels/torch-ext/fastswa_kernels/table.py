@@ -1,0 +1,147 @@
+"""Tables of addresses that let one launch serve many tensors, and the shape of that launch.
+
+A table is an int64 array on the device with one row for each chunk of a tensor: the address to write, the address to
+read, the number of elements. Rows of averages come first, then rows of plain copies, which count in bytes. A table
+costs 24 bytes for each chunk, 0.1 % of the traffic that the chunk itself causes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .pairs import dense_view, same_layout
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The shape of one launch.
+
+    Args:
+        chunk: elements of a table row; a multiple of `block`.
+        block: elements that a program loads at once; a power of two.
+        num_warps: warps of a program.
+        programs_per_multiprocessor: the persistent grid is at most this many times the multiprocessors.
+    """
+
+    chunk: int = 2048
+    block: int = 1024
+    num_warps: int = 4
+    programs_per_multiprocessor: int = 16
+
+    @classmethod
+    def for_elements(cls, elements: int) -> LaunchConfig:
+        """Longer chunks for large models, where short ones would need a table of many megabytes.
+
+        Args:
+            elements: of all averages together.
+
+        Returns:
+            Chunks of 2048 elements up to 64 Mi elements, of 16384 above.
+        """
+        return cls() if elements <= 1 << 26 else cls(chunk=16384)
+
+    def grid(self, rows: int, device: torch.device) -> int:
+        """The number of programs for a table.
+
+        Args:
+            rows: of the table.
+            device: where it is launched.
+
+        Returns:
+            One program a row, up to what keeps every multiprocessor busy; a program then takes several rows.
+        """
+        if device.type != "cuda":
+            return rows
+        properties = torch.cuda.get_device_properties(device)
+        return min(rows, properties.multi_processor_count * self.programs_per_multiprocessor)
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the kernels can't run on a device.
+
+    Args:
+        device: where the averages are.
+
+    Returns:
+        The reason in words, or None where they can run.
+
+    Example:
+        >>> refusal(torch.device("mps"))
+        'the kernels run on CUDA and ROCm devices, not on mps'
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the kernels run on CUDA and ROCm devices, not on {device.type}"
+
+
+def layout_refusal(average: Tensor, source: Tensor) -> str | None:
+    """Why a kernel can't walk an average and its source as two equal stretches of memory.
+
+    Args:
+        average: the tensor to be written.
+        source: the tensor to be read, of the same shape.
+
+    Returns:
+        The reason in words, or None where it can.
+    """
+    if average.device != source.device:
+        return f"the average is on {average.device} and its source on {source.device}"
+    if not same_layout(average, source):
+        return "the average and its source have different strides"
+    if dense_view(average) is None:
+        return "its elements are not dense in memory"
+    return None
+
+
+def build(
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    copy_to: Sequence[Tensor],
+    copy_from: Sequence[Tensor],
+    config: LaunchConfig,
+) -> tuple[Tensor, int]:
+    """The table of one launch, on the device of its tensors.
+
+    Args:
+        averages: tensors of one dtype on one device, each dense.
+        sources: tensors of one dtype, of the averages' layout.
+        copy_to: tensors of any dtype, to become equal to `copy_from` bit for bit.
+        copy_from: tensors of the dtype and layout of `copy_to`.
+        config: its `chunk` is the most elements a row may have.
+
+    Returns:
+        The table (rows x 3, int64), and how many of its rows are averages.
+    """
+    lerp_rows = _rows(averages, sources, config.chunk, in_bytes=False)
+    copy_rows = _rows(copy_to, copy_from, 4 * config.chunk, in_bytes=True)
+    device = (*averages, *copy_to)[0].device
+    return torch.from_numpy(np.concatenate([lerp_rows, copy_rows])).to(device), len(lerp_rows)
+
+
+def _rows(targets: Sequence[Tensor], sources: Sequence[Tensor], chunk: int, in_bytes: bool) -> npt.NDArray[np.int64]:
+    to = np.array([tensor.data_ptr() for tensor in targets], dtype=np.int64)
+    origin = np.array([tensor.data_ptr() for tensor in sources], dtype=np.int64)
+    count = np.array([tensor.nbytes if in_bytes else tensor.numel() for tensor in targets], dtype=np.int64)
+    to_step = np.array([1 if in_bytes else tensor.element_size() for tensor in targets], dtype=np.int64)
+    origin_step = np.array([1 if in_bytes else tensor.element_size() for tensor in sources], dtype=np.int64)
+
+    chunks = -(-count // chunk)
+    tensor_of_row = np.repeat(np.arange(len(targets)), chunks)
+    first = (np.arange(len(tensor_of_row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
+    rows = np.empty((len(tensor_of_row), 3), dtype=np.int64)
+    rows[:, 0] = to[tensor_of_row] + first * to_step[tensor_of_row]
+    rows[:, 1] = origin[tensor_of_row] + first * origin_step[tensor_of_row]
+    rows[:, 2] = np.minimum(chunk, count[tensor_of_row] - first)
+    return rows
