@@ -13,7 +13,7 @@ from torch.optim import swa_utils
 
 from fastswa import backends
 from fastswa.module_update import ModuleUpdate, check_values, refusal, sort_pairs
-from fastswa.pairing import pair_parameters
+from fastswa.pairing import pair_buffers, pair_parameters
 from fastswa.rules import Rule, recognise
 
 
@@ -179,9 +179,10 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _check_order(self, model: nn.Module) -> None:
         """Refuse what torch's loop, which pairs by order and broadcasts, would get wrong unseen."""
-        sources = [pair.source for pair in pair_parameters(self.module, model)]
-        if any(ours is not theirs for ours, theirs in zip(sources, model.parameters(), strict=True)):
-            raise ValueError("the model has the average's parameters in another order; an own avg_fn needs the same")
+        pairs = (*pair_parameters(self.module, model), *pair_buffers(self.module, model))
+        for pair, theirs in zip(pairs, (*model.parameters(), *model.buffers()), strict=True):
+            if pair.source is not theirs:
+                raise ValueError(f"the model has {pair.name!r} in another place; an own avg_fn needs the average's order")
 
     def __getstate__(self) -> dict[str, Any]:
         # The prepared update holds addresses, which mean nothing in a copy or in another process.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,6 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 ALIGNMENT = 128
 """Bytes: on a GPU every tensor starts on a cache line, so that every one qualifies for 128-bit access."""
-
-SAMPLES = 8
-"""Tensors whose addresses are compared, for changes to the whole module that the storages can't report."""
 
 
 class FlatBuffers:
@@ -35,9 +31,7 @@ class FlatBuffers:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._all_held = True
         self._place: dict[int, _Place] = {}
-        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         offsets = []
         for tensor in tensors:
@@ -50,34 +44,11 @@ class FlatBuffers:
         buffers = {
             (device, dtype): torch.empty(size, dtype=dtype, device=device) for (device, dtype), size in sizes.items()
         }
-        self._samples = [tensor for tensor in tensors if tensor.numel()][:: max(1, len(tensors) // SAMPLES)]
         for tensor, offset in zip(tensors, offsets, strict=True):
             key = (tensor.device, tensor.dtype)
             if tensor.numel():
                 _move(tensor, buffers[key][offset : offset + tensor.numel()])
                 self._place[tensor.data_ptr()] = _Place(buffers[key], offset)
-                self._storages.append(weakref.ref(tensor.untyped_storage(), self._let_go()))
-        self._sampled = list(map(Tensor.data_ptr, self._samples))
-
-    @property
-    def intact(self) -> bool:
-        """Whether the tensors still have the memory that they were given.
-
-        Costs no look at each tensor: a storage that its tensor let go of (replaced, moved by `.to()`, assigned to)
-        reports its own end. Where an alias keeps the storage alive, a few tensors' addresses stand for all.
-        """
-        return self._all_held and list(map(Tensor.data_ptr, self._samples)) == self._sampled
-
-    def _let_go(self) -> Callable[[object], None]:
-        # Through a weak reference: a storage must not keep these buffers alive by its callback.
-        flat = weakref.ref(self)
-
-        def let_go(_: object) -> None:
-            alive = flat()
-            if alive is not None:
-                alive._all_held = False
-
-        return let_go
 
     def adjacent(self, first: Tensor, second: Tensor) -> bool:
         """Whether a tensor starts in a buffer where another ends.

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from fastswa import backends
 from fastswa.flat import FlatBuffers
 from fastswa.pairing import Pair, pair_buffers, pair_parameters
-from fastswa.watch import TensorWatch
+from fastswa.watch import MemoryWatch, TensorWatch
 
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -45,10 +45,12 @@ class ModuleUpdate:
         lerps, copies = sort_pairs(averaged, model, use_buffers)
         self._settings = (averaged, use_buffers, backend)
         self._flat: FlatBuffers
-        if previous and previous._settings == self._settings and previous._flat.intact:
+        self._averaged_watch: MemoryWatch
+        if previous and previous._settings == self._settings and previous._averaged_watch.unchanged():
             self._flat = previous._flat
         else:
             self._flat = FlatBuffers([pair.average for pair in (*lerps, *copies)])
+        self._averaged_watch = MemoryWatch(averaged)
         self._update: backends.Update | None = backends.prepare(
             *_columns(lerps), *_columns(copies), backend=backend, flat=self._flat
         )
@@ -63,7 +65,7 @@ class ModuleUpdate:
         return (
             self._model() is model
             and self._settings == (averaged, use_buffers, backend)
-            and self._flat.intact
+            and self._averaged_watch.unchanged()
             and self._model_watch is not None
             and self._model_watch.unchanged()
         )

@@ -104,7 +104,10 @@ def _canonical(tensors: Named) -> Named:
 
 
 def _unique(tensors: Named) -> Named:
-    return list({id(tensor): (name, tensor) for name, tensor in reversed(tensors)}.values())[::-1]
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in tensors:
+        first.setdefault(id(tensor), (name, tensor))
+    return list(first.values())
 
 
 def _by_name(averaged: Named, model: Named) -> list[Pair] | None:

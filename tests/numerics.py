@@ -1,0 +1,51 @@
+"""How exact a result must be, in units in the last place (ulp), and why.
+
+One lerp rounds three times in the arithmetic's dtype, each time by at most half an ulp: the difference (up to twice an
+operand, but scaled by a weight of at most 1/2 in the two-sided form), the product (an operand at most), the sum. A
+fused multiply-add saves one. The unit is the ulp of the largest operand, whatever the result's own size: where the average
+and the source cancel, no arithmetic of the same width does better. 1.5 ulp from the exact value is 1 ulp from the
+correctly rounded one. The weight counts as given in the arithmetic's dtype.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+LERP_ULPS = {
+    torch.float32: 1.5,
+    torch.float64: 1.5,
+    # float32 arithmetic errs by 1.5 * 2^-13 (float16) or 2^-16 (bfloat16) of these ulps; then one rounding at the store.
+    torch.float16: 0.51,
+    torch.bfloat16: 0.51,
+}
+
+
+def lerp_ulps(dtype: torch.dtype, kernel: bool = False) -> float:
+    """The bound for one lerp into an average of this dtype."""
+    if kernel and dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        # The interpreter truncates at this store, an error of up to a whole ulp. A GPU rounds: its bound stays.
+        return 1.01
+    return LERP_ULPS[dtype]
+
+
+def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a dtype at a magnitude, in float64."""
+    information = torch.finfo(dtype)
+    exponent = torch.frexp(magnitude.double().clamp_min(information.smallest_normal)).exponent - 1
+    return torch.ldexp(torch.full_like(magnitude, information.eps, dtype=torch.float64), exponent)
+
+
+def assert_close_in_ulps(actual: Tensor, exact: Tensor, ulps: float, *operands: Tensor) -> None:
+    """Compare with a float64 result, in ulps of the largest operand."""
+    assert actual.shape == exact.shape
+    if not actual.numel():
+        return
+    scale = exact.double().abs()
+    for operand in operands:
+        scale = torch.maximum(scale, operand.double().abs())
+    error = (actual.double() - exact.double()).abs() / ulp(scale, actual.dtype)
+    assert not error.isnan().any(), "NaN in the result"
+    assert error.max() <= ulps, f"{error.max().item():.3g} ulp at index {error.argmax().item()}, allowed {ulps}"
