@@ -14,8 +14,9 @@ from fastswa import backends
 
 def environment() -> dict[str, str]:
     """The versions and devices that decide which code runs, by name."""
-    facts = {"fastswa": fastswa.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "triton", "numpy"):
+    facts = {"fastswa": fastswa.__version__, "torch": torch.__version__}
+    facts |= {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("triton", "numpy"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:

@@ -182,7 +182,7 @@ class AveragedModel(swa_utils.AveragedModel):
         pairs = (*pair_parameters(self.module, model), *pair_buffers(self.module, model))
         for pair, theirs in zip(pairs, (*model.parameters(), *model.buffers()), strict=True):
             if pair.source is not theirs:
-                raise ValueError(f"the model has {pair.name!r} in another place; an own avg_fn needs the average's order")
+                raise ValueError(f"the model has {pair.name!r} in another place; an own avg_fn needs equal order")
 
     def __getstate__(self) -> dict[str, Any]:
         # The prepared update holds addresses, which mean nothing in a copy or in another process.

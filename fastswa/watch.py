@@ -80,7 +80,10 @@ class MemoryWatch:
 
     def unchanged(self) -> bool:
         """Whether the module's tensors are the same and in the same memory as when the watch began."""
-        return all(map(is_, chain.from_iterable(self._parts), self._children)) and self._look() == self._addresses
+        try:
+            return all(map(is_, chain.from_iterable(self._parts), self._children)) and self._look() == self._addresses
+        except TypeError:  # None where a tensor was
+            return False
 
     def _look(self) -> list[int]:
         return list(map(Tensor.data_ptr, chain.from_iterable(self._slots)))

@@ -140,7 +140,7 @@ def test_an_automatic_choice_says_once_why(caplog: pytest.LogCaptureFixture) -> 
 def test_tensors_without_values() -> None:
     with torch.device("meta"):
         on_meta = ConvNet()
-    with pytest.raises(ValueError, match="'empty' of the model is on the meta device|'conv.weight' of the model"):
+    with pytest.raises(ValueError, match="of the model is on the meta device and holds no values"):
         fastswa.AveragedModel(on_meta)
     with pytest.raises(ValueError, match=r"'0\.weight' of the model is not initialised"):
         fastswa.AveragedModel(nn.Sequential(nn.LazyLinear(3)))
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 
 
 def test_a_module_that_does_not_match() -> None:
-    with pytest.raises(ValueError, match="the average has no parameter 'extra.weight'"):
+    with pytest.raises(ValueError, match=r"the average has no parameter 'extra\.weight'"):
         fastswa.AveragedModel(WithExtra(), module=ConvNet())
     model = ConvNet()
     with pytest.raises(ValueError, match="of the averaged module is the model's own"):
@@ -188,7 +188,7 @@ def test_a_module_that_shares_only_memory_gets_its_own() -> None:
 
 
 def test_dtypes_that_cannot_be_averaged() -> None:
-    with pytest.raises(ValueError, match="dtype must be a floating dtype, got torch.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating dtype, got torch\.int8"):
         fastswa.AveragedModel(ConvNet(), dtype=torch.int8)
     model = nn.Linear(3, 3)
     average = fastswa.AveragedModel(model)

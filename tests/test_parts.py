@@ -1,0 +1,193 @@
+"""The parts under AveragedModel: flat buffers, watches, pairing, the torch update, rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import swa_utils
+
+import fastswa
+from fastswa import torch_update
+from fastswa.flat import FlatBuffers
+from fastswa.pairing import canonical, pair_parameters
+from fastswa.rules import Rule, recognise
+from fastswa.torch_update import TorchUpdate
+from fastswa.watch import MemoryWatch, TensorWatch
+from tests.models import ConvNet
+from tests.numerics import assert_close_in_ulps, lerp_ulps
+
+
+def test_flat_buffers_keep_identity_values_and_memory_format() -> None:
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(5, 2).t(),
+        torch.zeros(0, 3),
+        torch.tensor(3),
+        torch.randn(4, 6)[:, ::2],
+        torch.ones(2).expand(3, 2),
+        torch.randn(3, dtype=torch.complex64),
+    ]
+    values = [tensor.clone() for tensor in tensors]
+    strides = [tensor.stride() for tensor in tensors[:3]]
+    flat = FlatBuffers(tensors)
+    for tensor, value in zip(tensors, values, strict=True):
+        assert torch.equal(tensor, value)
+        if tensor.numel():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert [tensor.stride() for tensor in tensors[:3]] == strides
+    assert flat.adjacent(tensors[0], tensors[1])
+    assert not flat.adjacent(tensors[1], tensors[0])
+    assert not flat.adjacent(tensors[2], tensors[4])  # another dtype, another buffer
+    span = flat.span(tensors[0], tensors[1])
+    span.zero_()
+    assert not tensors[0].any()
+    assert not tensors[1].any()
+    assert torch.equal(tensors[2], values[2])
+
+
+@pytest.mark.gpu
+def test_flat_buffers_on_a_gpu_start_every_tensor_on_a_cache_line() -> None:
+    tensors = [torch.randn(size, device="cuda") for size in (1, 3, 64, 5)]
+    values = [tensor.clone() for tensor in tensors]
+    FlatBuffers(tensors)
+    assert all(tensor.data_ptr() % 128 == 0 for tensor in tensors)
+    assert all(map(torch.equal, tensors, values))
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "data": lambda model: setattr(model.head.bias, "data", torch.zeros(3)),
+    "parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(3, 300))),
+    "layer": lambda model: setattr(model, "head", nn.Linear(300, 3)),
+    "buffer": lambda model: setattr(model, "mask", torch.ones(5)),
+    "dtype": lambda model: model.norm.double(),
+    "deleted": lambda model: delattr(model.head, "bias"),
+    "added": lambda model: model.head.register_parameter("scale", nn.Parameter(torch.ones(1))),
+    "none_to_tensor": lambda model: setattr(model.conv, "bias", nn.Parameter(torch.zeros(8))),
+    "tensor_to_none": lambda model: setattr(model.head, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_watches_see_a_change_and_nothing_else(change: str) -> None:
+    model = ConvNet()
+    watches = [TensorWatch(model, [*model.parameters(), *model.buffers()]), MemoryWatch(model)]
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    model.train(False)
+    assert all(watch.unchanged() for watch in watches)
+    CHANGES[change](model)
+    assert not any(watch.unchanged() for watch in watches)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("layer.weight", "layer.weight"),
+        ("module.layer.weight", "layer.weight"),
+        ("_orig_mod.layer.weight", "layer.weight"),
+        ("module._orig_mod.layer.weight", "layer.weight"),
+        ("_orig_mod.module.layer.weight", "layer.weight"),
+        ("blocks.0._orig_mod.weight", "blocks.0.weight"),
+        ("submodule.weight", "submodule.weight"),
+    ],
+)
+def test_canonical_names(name: str, plain: str) -> None:
+    assert canonical(name) == plain
+
+
+def test_names_that_only_differ_by_a_prefix_stay_apart() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2), "weight": nn.Linear(2, 2)})
+    model["module"].register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    other = nn.ModuleDict({"module": nn.Linear(2, 2), "weight": nn.Linear(2, 2)})
+    other["module"].register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    assert [pair.name for pair in pair_parameters(model, other)] == [name for name, _ in model.named_parameters()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    large=st.sampled_from([0, 50, 300]),
+    average=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    source=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weight=st.sampled_from([0.0, 1e-3, 0.4, 0.8, 1.0]),
+    limits=st.sampled_from([(8, 16, 64), (30, 33, 40), (1000, 2000, 3000)]),
+)
+def test_gathering_and_converting_give_the_formula(
+    sizes: list[int],
+    large: int,
+    average: torch.dtype,
+    source: torch.dtype,
+    weight: float,
+    limits: tuple[int, int, int],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut.
+        patch.setattr(torch_update, "SMALL", limits[0])
+        patch.setattr(torch_update, "GATHER", limits[1])
+        patch.setattr(torch_update, "GATHERED", limits[2])
+        patch.setattr(torch_update, "PIECE", {"cpu": limits[2]})
+        averages = [torch.randn(size).to(average) for size in [*sizes, large]]
+        sources = [torch.randn(size).to(source) for size in [*sizes, large]]
+        counters = [torch.zeros((), dtype=torch.int64) for _ in sizes]
+        counted = [torch.tensor(index) for index, _ in enumerate(sizes)]
+        flags, flagged = [torch.zeros(3, dtype=torch.bool)] * 1, [torch.tensor([True, False, True])]
+        flat = FlatBuffers([*averages, *counters, *flags])
+        before = [tensor.clone() for tensor in averages]
+        update = TorchUpdate(averages, sources, [*counters, *flags], [*counted, *flagged], flat)
+        with torch.no_grad():
+            update.lerp_(weight)
+    assert all(map(torch.equal, [*counters, *flags], [*counted, *flagged]))
+    for result, old, new in zip(averages, before, sources, strict=True):
+        wide = torch.float64 in (average, source)
+        used = weight if wide else torch.tensor(weight).item()
+        exact = old.double() + used * (new.double() - old.double())
+        assert_close_in_ulps(result, exact, lerp_ulps(average), old, new)
+
+
+def test_a_weight_on_the_device_takes_the_reference() -> None:
+    averages, sources = [torch.zeros(4)], [torch.ones(4)]
+    TorchUpdate(averages, sources, (), (), None).lerp_(torch.tensor(0.25))
+    assert (averages[0] == 0.25).all()
+
+
+def test_rules_serve_int_and_tensor() -> None:
+    for rule, expected in ((fastswa.SWA(), [1 / 2, 1 / 3, 1 / 8]), (fastswa.EMA(0.9), [1 - 0.9] * 3)):
+        for n, weight in zip((1, 2, 7), expected, strict=True):
+            assert rule.weight(n) == weight
+            assert float(rule.weight(torch.tensor(n, dtype=torch.float64))) == weight
+    with pytest.raises(NotImplementedError):
+        Rule().weight(1)
+
+
+def test_closures_of_torch_are_recognised() -> None:
+    for make in (swa_utils.get_ema_avg_fn, swa_utils.get_ema_multi_avg_fn, fastswa.get_ema_avg_fn):
+        assert recognise(make(0.9)) == fastswa.EMA(0.9)
+    for make in (swa_utils.get_swa_avg_fn, swa_utils.get_swa_multi_avg_fn, fastswa.get_swa_avg_fn):
+        assert recognise(make()) == fastswa.SWA()
+    assert recognise(None) == fastswa.SWA()
+    assert recognise(fastswa.EMA(0.5)) == fastswa.EMA(0.5)
+    assert recognise(lambda averaged, current, n: averaged) is None
+    assert recognise(swa_utils.update_bn) is None
+
+
+def test_factories_return_what_torch_takes() -> None:
+    averaged, current = torch.zeros(3), torch.ones(3)
+    assert torch.equal(fastswa.get_ema_avg_fn(0.75)(averaged, current, 1), torch.full((3,), 0.25))
+    assert torch.equal(fastswa.get_swa_avg_fn()(averaged, current, 3), torch.full((3,), 0.25))
+    for rule in (fastswa.get_ema_multi_avg_fn(0.75), fastswa.get_swa_multi_avg_fn()):
+        result = torch.zeros(3)
+        rule([result], [current], torch.tensor(3))
+        assert torch.equal(result, torch.full((3,), 0.25))
+    integers: list[Tensor] = [torch.tensor(1)]
+    fastswa.EMA(0.5)(integers, [torch.tensor(5)], 2)
+    assert integers[0] == 5
+    spectra = [torch.zeros(2, dtype=torch.complex64)]
+    fastswa.EMA(0.5)(spectra, [torch.full((2,), 2 + 4j)], 2)
+    assert torch.equal(spectra[0], torch.full((2,), 1 + 2j))
