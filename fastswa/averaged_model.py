@@ -105,7 +105,7 @@ class AveragedModel(swa_utils.AveragedModel):
             self.module._apply(cast)  # type: ignore[no-untyped-call]
         if module is not None:
             sort_pairs(module, model, use_buffers)
-        for place in {tensor.device for tensor in self.module.state_dict().values()}:
+        for place in {tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())}:
             backends.choose(backend, place)
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self.avg_fn = avg_fn
@@ -140,18 +140,21 @@ class AveragedModel(swa_utils.AveragedModel):
             super().update_parameters(model)
             return
         counter = self.n_averaged
-        if self._captured or _capturing():
+        if _capturing():
             self._captured = True
+        n = 0 if self._captured else self._count(counter)
+        if self._captured or (n == 0 and counter.is_cuda):
+            # The first update too, so that a capture after it finds this form of the kernel compiled.
             update.lerp_(_device_weight(rule, counter))
-            counter.add_(1)
-            return
-        known, version, n = self._counted
-        if known is not counter or version != counter._version:
-            # Somebody else wrote the counter (load_state_dict, a reset): the one case in which it is read.
-            n = int(counter)
-        update.lerp_(1.0 if n == 0 else rule.weight(n))
+        else:
+            update.lerp_(1.0 if n == 0 else rule.weight(n))
         counter.add_(1)
         self._counted = (counter, counter._version, n + 1)
+
+    def _count(self, counter: Tensor) -> int:
+        """The host's own count, unless somebody else wrote the counter (load_state_dict, a reset): then it is read."""
+        known, version, count = self._counted
+        return count if known is counter and version == counter._version else int(counter)
 
     def _rule(self) -> Rule | None:
         function = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn

@@ -158,12 +158,17 @@ class Launch:
         """Launch on the current stream.
 
         Args:
-            weight: a float, or a 0-dimensional floating tensor on the table's device.
+            weight: a float, or a 0-dimensional floating tensor, best on the table's device.
         """
         device = self.table.device
-        if self.constants["COMPUTE"] is tl.float64 and not isinstance(weight, Tensor):
+        if isinstance(weight, Tensor):
+            weight = weight.to(device)
+        elif self.constants["COMPUTE"] is tl.float64:
             # Triton passes a float as float32, which would round the weight of a float64 average.
             weight = torch.full((), weight, dtype=torch.float64, device=device)
+        else:
+            # An int would make Triton compile for its value.
+            weight = float(weight)
         with torch.cuda.device(device if device.type == "cuda" else -1):
             lerp_kernel[(self.grid,)](
                 self.table,
