@@ -14,6 +14,8 @@ from fastswa.flat import FlatBuffers
 
 Backend = Literal["auto", "triton", "torch"]
 
+_Pairs = list[tuple[Tensor, Tensor]]
+
 _log = logging.getLogger("fastswa")
 
 
@@ -129,9 +131,6 @@ def lerp_lists_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: f
         from fastswa.torch_update import TorchUpdate
 
         TorchUpdate(averages, sources, (), (), None).lerp_(weight)
-
-
-_Pairs = list[tuple[Tensor, Tensor]]
 
 
 def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:

@@ -62,21 +62,22 @@ class FlatBuffers:
             one is not None
             and other is not None
             and one.buffer is other.buffer
-            and one.offset + first.numel() == other.offset
+            and first.data_ptr() + first.nbytes == second.data_ptr()
         )
 
     def span(self, first: Tensor, last: Tensor) -> Tensor:
         """The stretch of buffer from one tensor to the end of another.
 
         Args:
-            first: a tensor that was moved.
+            first: a tensor that was moved, or a view of its memory.
             last: the same, or a later one of the same buffer.
 
         Returns:
-            A one-dimensional view of the buffer.
+            A one-dimensional view of the buffer, of the dtype of `first`.
         """
-        start, end = self._place[first.data_ptr()], self._place[last.data_ptr()]
-        return start.buffer[start.offset : end.offset + last.numel()]
+        start = self._place[first.data_ptr()]
+        size = (last.data_ptr() + last.nbytes - first.data_ptr()) // start.buffer.element_size()
+        return start.buffer[start.offset : start.offset + size].view(first.dtype)
 
 
 @dataclass(frozen=True)

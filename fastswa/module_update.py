@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,12 @@ class ModuleUpdate:
             self._flat = FlatBuffers([pair.average for pair in (*lerps, *copies)])
         self._averaged_watch = MemoryWatch(averaged)
         self._update: backends.Update | None = backends.prepare(
-            *_columns(lerps), *_columns(copies), backend=backend, flat=self._flat
+            [_real(pair.average) for pair in lerps],
+            [_real(pair.source) for pair in lerps],
+            [pair.average for pair in copies],
+            [pair.source for pair in copies],
+            backend,
+            self._flat,
         )
         # A complex tensor is read through a real view, so the tensor itself has to be watched.
         views = [pair.source for pair in lerps if pair.source.is_complex()]
@@ -159,10 +163,6 @@ def refusal(*modules: nn.Module) -> str | None:
 
 def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _columns(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    return [_real(pair.average) for pair in pairs], [_real(pair.source) for pair in pairs]
 
 
 def _real(tensor: Tensor) -> Tensor:

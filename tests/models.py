@@ -41,11 +41,13 @@ class TiedNet(nn.Module):
 
 
 class ComplexNet(nn.Module):
-    """A complex parameter beside a real one."""
+    """Complex parameters beside a real one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.filter = nn.Parameter(torch.randn(4, 5, dtype=torch.complex64))
+        self.second = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.third = nn.Parameter(torch.randn(7, dtype=torch.complex64))
         self.gain = nn.Parameter(torch.randn(5))
         self.register_buffer("phase", torch.randn(3, dtype=torch.complex128))
 
