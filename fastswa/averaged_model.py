@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from fastswa import backends
-from fastswa.module_update import ModuleUpdate, check_values, refusal, sort_pairs
+from fastswa.module_update import FlatModule, ModuleUpdate, check_values, refusal, sort_pairs
 from fastswa.pairing import pair_buffers, pair_parameters
 from fastswa.rules import Rule, recognise
 
@@ -30,7 +30,8 @@ class AveragedModel(swa_utils.AveragedModel):
     merely broadcast is refused, integer buffers are copied instead of averaged, and a low-precision model may have its
     average in float32.
 
-    The average's tensors are moved into common buffers at the first update, so that small ones are reached together.
+    The average's tensors are moved into common buffers, so that small ones are reached together: a tensor of the
+    average keeps its identity, but a view of it that was made before follows no longer.
     A function of the user's own as `avg_fn` or `multi_avg_fn` runs as it does in torch; torch's `get_*_avg_fn`
     functions and fastswa's rules run fused.
 
@@ -68,6 +69,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     # Class attributes, so that a subclass that sets torch's attributes itself and skips __init__ has these too.
     backend: str = "auto"
+    _averaged: FlatModule | None = None
     _update: ModuleUpdate | None = None
     _recognised: tuple[object, Rule | None] = (None, None)
     _counted: tuple[Tensor | None, int, int] = (None, 0, 0)
@@ -96,6 +98,11 @@ class AveragedModel(swa_utils.AveragedModel):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype, got {dtype}")
         check_values(model, "the model")
+        if module is not None:
+            sort_pairs(module, model, use_buffers)
+        tensors = (*model.parameters(), *model.buffers())
+        for place in {tensor.device for tensor in tensors} if device is None else {torch.device(device)}:
+            backends.choose(backend, place)
         self.module = _copy(model) if module is None else module
         if device is not None:
             self.module.to(device)
@@ -103,10 +110,8 @@ class AveragedModel(swa_utils.AveragedModel):
             # Not Module.to(dtype), which would drop the imaginary part of complex tensors.
             cast = partial(_cast, dtype=dtype)
             self.module._apply(cast)  # type: ignore[no-untyped-call]
-        if module is not None:
-            sort_pairs(module, model, use_buffers)
-        for place in {tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())}:
-            backends.choose(backend, place)
+        if refusal(self.module) is None:
+            self._averaged = FlatModule(self.module)
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
@@ -149,12 +154,12 @@ class AveragedModel(swa_utils.AveragedModel):
         else:
             update.lerp_(1.0 if n == 0 else rule.weight(n))
         counter.add_(1)
-        self._counted = (counter, counter._version, n + 1)
+        self._counted = (counter, _version(counter), n + 1)
 
     def _count(self, counter: Tensor) -> int:
         """The host's own count, unless somebody else wrote the counter (load_state_dict, a reset): then it is read."""
         known, version, count = self._counted
-        return count if known is counter and version == counter._version else int(counter)
+        return count if known is counter and version == _version(counter) else int(counter)
 
     def _rule(self) -> Rule | None:
         function = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
@@ -165,14 +170,21 @@ class AveragedModel(swa_utils.AveragedModel):
         return self._recognised[1]
 
     def _prepare(self, model: nn.Module) -> ModuleUpdate | None:
-        update = self._update
-        if update is not None and update.fits(self.module, model, self.use_buffers, self.backend):
-            return update
+        averaged, update = self._averaged, self._update
+        if averaged is not None and averaged.holds(self.module):
+            if update is not None and update.fits(averaged, model, self.use_buffers, self.backend):
+                return update
+        else:
+            averaged = None
         if _capturing():
             raise RuntimeError("update_parameters was not prepared: call it once with this model before the capture")
         reason = refusal(self.module, model)
         if reason is None:
-            self._update = ModuleUpdate(self.module, model, self.use_buffers, self.backend, previous=update)
+            sort_pairs(self.module, model, self.use_buffers)
+            # What is prepared serves later calls too, which may be outside inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._averaged = averaged or FlatModule(self.module)
+                self._update = ModuleUpdate(self._averaged, model, self.use_buffers, self.backend)
             return self._update
         if self.backend != "auto":
             raise RuntimeError(f"backend={self.backend!r} can't update this model: {reason}; use backend='auto'")
@@ -189,7 +201,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # The prepared update holds addresses, which mean nothing in a copy or in another process.
-        hidden = ("_update", "_counted", "_recognised", "_captured")
+        hidden = ("_averaged", "_update", "_counted", "_recognised", "_captured")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
 
@@ -203,6 +215,11 @@ def _device_weight(rule: Rule, counter: Tensor) -> Tensor:
     # float64, because float32 can't count past 2^24 models.
     n = counter.double()
     return torch.where(n == 0, torch.ones_like(n), rule.weight(n))
+
+
+def _version(counter: Tensor) -> int:
+    # Tensors made in inference mode count no versions; a write to such a counter by somebody else goes unnoticed.
+    return 0 if counter.is_inference() else counter._version
 
 
 def _capturing() -> bool:

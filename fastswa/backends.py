@@ -22,10 +22,6 @@ _log = logging.getLogger("fastswa")
 class Update(Protocol):
     """An update of fixed tensors, prepared to run again and again."""
 
-    @property
-    def by_address(self) -> Sequence[Tensor]:
-        """The sources that must keep their memory; the others are found through the tensor each time."""
-
     def lerp_(self, weight: float | Tensor) -> None:
         """Move the averages towards their sources by `weight`, and make the copies."""
 
@@ -161,8 +157,6 @@ def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
 class _Staged:
     """Sources that an update can't read in place, copied before it into memory that it can."""
 
-    by_address: Sequence[Tensor]
-
     def __init__(self) -> None:
         self._to: list[Tensor] = []
         self._origin: list[Tensor] = []
@@ -182,7 +176,6 @@ class _Staged:
     def before(self, update: Update) -> Update:
         """The update, preceded by the copies if there are any."""
         self._update = update
-        self.by_address = update.by_address
         return self if self._to else update
 
     def lerp_(self, weight: float | Tensor) -> None:
@@ -195,7 +188,6 @@ class _Several:
 
     def __init__(self, updates: Sequence[Update]) -> None:
         self._updates = updates
-        self.by_address = [tensor for update in updates for tensor in update.by_address]
 
     def lerp_(self, weight: float | Tensor) -> None:
         for update in self._updates:

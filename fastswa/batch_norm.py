@@ -52,15 +52,16 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("update_bn can't reach the layers of a torch.jit.script model; call it before scripting")
+    collected: dict[int, Tensor] = {}
     layers = [
-        _Layer.of(name, module)
+        _Layer.of(name or "the model", module, collected)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
     if not layers:
         return
     with _restored_on_failure(model, layers):
-        with _collecting(model, layers):
+        with _collecting(model, layers) as collecting:
             batches = 0
             for batch in loader:
                 if isinstance(batch, (list, tuple)):
@@ -69,7 +70,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
                 batches += 1
         if not batches:
             raise ValueError("the loader gave no batches; an iterator that was used before is exhausted")
-        _commit(layers)
+        _commit(collecting)
 
 
 @dataclass
@@ -83,19 +84,15 @@ class _Layer:
     collected: dict[str, Tensor | None]
 
     @classmethod
-    def of(cls, name: str, module: _BatchNorm) -> _Layer:
+    def of(cls, name: str, module: _BatchNorm, known: dict[int, Tensor]) -> _Layer:
         before = {key: module._buffers[key] for key in ("running_mean", "running_var", "num_batches_tracked")}
         for key, tensor in before.items():
             if tensor is not None and (is_lazy(tensor) or tensor.is_meta):
                 raise ValueError(f"{name}.{key} holds no values; run one forward pass before update_bn")
-        mean, variance, count = before.values()
-        assert mean is not None  # update_bn saw to it
-        assert variance is not None
         collected = {
-            "running_mean": torch.zeros_like(mean),
-            "running_var": torch.ones_like(variance),
-            # On the CPU, whatever the device: with momentum None the layer reads its counter at every batch.
-            "num_batches_tracked": None if count is None else torch.zeros((), dtype=count.dtype),
+            # Layers that share a buffer go on sharing it.
+            key: None if tensor is None else known.setdefault(id(tensor), _reset(key, tensor))
+            for key, tensor in before.items()
         }
         return cls(name, module, module.momentum, before, collected)
 
@@ -105,17 +102,29 @@ class _Layer:
         return 0 if count is None else int(count)
 
 
+def _reset(key: str, tensor: Tensor) -> Tensor:
+    """What a layer's buffer is at the start of the pass."""
+    if key == "num_batches_tracked":
+        # On the CPU, whatever the device: with momentum None the layer reads its counter at every batch.
+        return torch.zeros((), dtype=tensor.dtype, device="cpu")
+    return torch.zeros_like(tensor) if key == "running_mean" else torch.ones_like(tensor)
+
+
 @contextmanager
-def _collecting(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
-    """Let the layers write into buffers of the pass, and give them back their own afterwards, come what may."""
+def _collecting(model: nn.Module, layers: list[_Layer]) -> Iterator[list[_Layer]]:
+    """Let the layers write into buffers of the pass, and give them back their own afterwards, come what may.
+
+    Yields the layers that do so: one that its model keeps in evaluation mode goes on using its own statistics.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()
-        for layer in layers:
+        collecting = [layer for layer in layers if layer.module.training and layer.module.track_running_stats]
+        for layer in collecting:
             layer.module._buffers.update(layer.collected)
             # None makes the layer average cumulatively.
             layer.module.momentum = None
-        yield
+        yield collecting
     finally:
         for layer in layers:
             layer.module._buffers.update(layer.before)
@@ -128,11 +137,14 @@ def _collecting(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
 def _restored_on_failure(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
     """Undo what other modules' training mode wrote into their buffers (instance or spectral norm), on any exception."""
     own = {id(tensor) for layer in layers for tensor in layer.before.values()}
-    others = [(tensor, tensor.clone()) for tensor in model.buffers() if id(tensor) not in own]
+    values = [(tensor, tensor.clone()) for tensor in model.buffers() if id(tensor) not in own]
+    slots = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         yield
     except BaseException:
-        for tensor, value in others:
+        for module, slot in slots:
+            module._buffers.update(slot)
+        for tensor, value in values:
             tensor.copy_(value)
         raise
 

@@ -13,15 +13,44 @@ ALIGNMENT = 128
 """Bytes: on a GPU every tensor starts on a cache line, so that every one qualifies for 128-bit access."""
 
 
+_MOVABLE = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+
+
+def stay_reason(tensor: Tensor) -> str | None:
+    """Why a tensor has to stay in the memory that it has.
+
+    Args:
+        tensor: any strided tensor.
+
+    Returns:
+        The reason in words, or None where it may move.
+
+    Example:
+        >>> stay_reason(torch.zeros(3).share_memory_())
+        'it is shared with other processes'
+    """
+    if not tensor.numel():
+        return "it is empty"
+    if tensor.dtype not in _MOVABLE or tensor.device.type not in ("cpu", "cuda"):
+        return f"DLPack may not know {tensor.dtype} on {tensor.device.type}"
+    # Every CUDA tensor says that it is shared.
+    if tensor.device.type == "cpu" and tensor.is_shared():  # type: ignore[no-untyped-call]
+        return "it is shared with other processes"
+    return None
+
+
 class FlatBuffers:
     """Move tensors into one buffer for each (device, dtype), in the order given.
 
     Each tensor keeps its identity, shape, values and memory format, and gets dense strides. Its memory becomes a
     stretch of the buffer through a storage of its own: saving, copying or deleting one tensor concerns that stretch
-    alone, though the buffer lives as long as any of them.
+    alone, though the buffer lives as long as any of them. Tensors that must stay where they are (`stay_reason`) do.
 
     Args:
-        tensors: strided tensors of any shape and of any dtype that DLPack knows, each listed once.
+        tensors: strided tensors of any shape and dtype, each listed once.
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -32,6 +61,7 @@ class FlatBuffers:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._place: dict[int, _Place] = {}
+        tensors = [tensor for tensor in tensors if stay_reason(tensor) is None]
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         offsets = []
         for tensor in tensors:
@@ -46,9 +76,8 @@ class FlatBuffers:
         }
         for tensor, offset in zip(tensors, offsets, strict=True):
             key = (tensor.device, tensor.dtype)
-            if tensor.numel():
-                _move(tensor, buffers[key][offset : offset + tensor.numel()])
-                self._place[tensor.data_ptr()] = _Place(buffers[key], offset)
+            _move(tensor, buffers[key][offset : offset + tensor.numel()])
+            self._place[tensor.data_ptr()] = _Place(buffers[key], offset)
 
     def adjacent(self, first: Tensor, second: Tensor) -> bool:
         """Whether a tensor starts in a buffer where another ends.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,61 +18,68 @@ _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
+class FlatModule:
+    """A module whose tensors were moved into flat buffers, small ones of a kind next to one another.
+
+    Args:
+        module: the module; its tensors keep their identity and get other memory. While they move, there is room for
+            both.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        parameters, buffers = list(module.parameters()), list(module.buffers())
+        self.buffers = FlatBuffers([*sorted(parameters, key=_neighbourhood), *sorted(buffers, key=_neighbourhood)])
+        self._watch = MemoryWatch(module)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this is the module, and its tensors are still in the buffers.
+
+        Args:
+            module: that is to be updated.
+        """
+        return self.module is module and self._watch.unchanged()
+
+
 class ModuleUpdate:
     """The prepared update of one averaged module from one model.
 
     Args:
-        averaged: the module whose tensors are averages. They are moved into flat buffers.
-        model: the module that is being trained. It is read, not kept alive.
+        averaged: the module whose tensors are averages.
+        model: the module that is being trained. It is read, and not kept alive, unless its parts refer back to it.
         use_buffers: average the floating buffers too; otherwise they are copied. Integer buffers are copied always.
         backend: as `backends.choose` takes it.
-        previous: an update that was prepared for the same averaged module; its buffers are used again.
 
     Raises:
-        ValueError: the modules do not pair, or share memory; names the first tensor.
-        TypeError: a tensor of a kind that can't be averaged; names it.
+        ValueError: the modules do not pair, or share tensors; names the first.
+        TypeError: a tensor of a dtype that can't be averaged; names it.
         RuntimeError: backend "triton" can't run; says why.
     """
 
-    def __init__(
-        self,
-        averaged: nn.Module,
-        model: nn.Module,
-        use_buffers: bool,
-        backend: str,
-        previous: ModuleUpdate | None = None,
-    ) -> None:
-        lerps, copies = sort_pairs(averaged, model, use_buffers)
+    def __init__(self, averaged: FlatModule, model: nn.Module, use_buffers: bool, backend: str) -> None:
+        lerps, copies = sort_pairs(averaged.module, model, use_buffers)
         self._settings = (averaged, use_buffers, backend)
-        self._flat: FlatBuffers
-        self._averaged_watch: MemoryWatch
-        if previous and previous._settings == self._settings and previous._averaged_watch.unchanged():
-            self._flat = previous._flat
-        else:
-            self._flat = FlatBuffers([pair.average for pair in (*lerps, *copies)])
-        self._averaged_watch = MemoryWatch(averaged)
+        averages = [pair.average for pair in lerps]
+        self._trained = [tensor for tensor in averages if tensor.requires_grad and not tensor.is_inference()]
         self._update: backends.Update | None = backends.prepare(
-            [_real(pair.average) for pair in lerps],
+            list(map(_real, averages)),
             [_real(pair.source) for pair in lerps],
             [pair.average for pair in copies],
             [pair.source for pair in copies],
             backend,
-            self._flat,
+            averaged.buffers,
         )
-        # A complex tensor is read through a real view, so the tensor itself has to be watched.
-        views = [pair.source for pair in lerps if pair.source.is_complex()]
-        self._model_watch: TensorWatch | None = TensorWatch(model, [*self._update.by_address, *views])
+        self._watch: TensorWatch | None = TensorWatch(model)
         # The prepared lists would keep the model's memory alive after the model is gone.
-        self._model = weakref.ref(model, self._forget)
+        self._model = weakref.ref(model, partial(_forget, weakref.ref(self)))
 
-    def fits(self, averaged: nn.Module, model: nn.Module, use_buffers: bool, backend: str) -> bool:
-        """Whether the update is still right for these modules and settings, in their present memory."""
+    def fits(self, averaged: FlatModule, model: nn.Module, use_buffers: bool, backend: str) -> bool:
+        """Whether the update is still right for these modules and settings, in the model's present memory."""
         return (
             self._model() is model
             and self._settings == (averaged, use_buffers, backend)
-            and self._averaged_watch.unchanged()
-            and self._model_watch is not None
-            and self._model_watch.unchanged()
+            and self._watch is not None
+            and self._watch.unchanged()
         )
 
     def lerp_(self, weight: float | Tensor) -> None:
@@ -82,13 +90,18 @@ class ModuleUpdate:
         """
         assert self._update is not None  # the caller asked fits()
         self._update.lerp_(weight)
+        # Written through the buffer, which autograd can't see: a graph that still needs the old values has to fail.
+        torch.autograd.graph.increment_version(self._trained)
 
-    def _forget(self, _: object) -> None:
-        self._update = self._model_watch = None
+
+def _forget(update: weakref.ref[ModuleUpdate], _: object) -> None:
+    alive = update()
+    if alive is not None:
+        alive._update = alive._watch = None
 
 
 def sort_pairs(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to average and the pairs to copy, so ordered that small ones of a kind are neighbours in memory.
+    """The pairs to average and the pairs to copy, each in the order in which `FlatModule` lays tensors out.
 
     Args:
         averaged: the module of averages.
@@ -104,7 +117,8 @@ def sort_pairs(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tupl
     """
     check_values(averaged, "the averaged module")
     check_values(model, "the model")
-    parameters, buffers = pair_parameters(averaged, model), pair_buffers(averaged, model)
+    parameters = sorted(pair_parameters(averaged, model), key=lambda pair: _neighbourhood(pair.average))
+    buffers = sorted(pair_buffers(averaged, model), key=lambda pair: _neighbourhood(pair.average))
     lerps = [pair for pair in parameters if _is_inexact(pair.average)]
     copies = [pair for pair in parameters if not _is_inexact(pair.average)]
     for pair in buffers:
@@ -119,8 +133,6 @@ def sort_pairs(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tupl
                 f"{pair.name!r} can't be averaged: it is {pair.average.dtype} in the average "
                 f"and {pair.source.dtype} in the model"
             )
-    for pairs in (lerps, copies):
-        pairs.sort(key=lambda pair: (str(pair.average.dtype), str(pair.source.dtype), pair.average.numel()))
     return lerps, copies
 
 
@@ -151,6 +163,8 @@ def refusal(*modules: nn.Module) -> str | None:
         The reason in words, naming the first tensor, or None.
     """
     for module in modules:
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            return "a part of it is scripted, and hides its tensors' replacement"
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if type(tensor.data) is not Tensor:
                 return f"{name!r} is a {type(tensor.data).__name__}"
@@ -159,6 +173,10 @@ def refusal(*modules: nn.Module) -> str | None:
             if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
                 return f"{name!r} is a quantized, conjugated or negated view"
     return None
+
+
+def _neighbourhood(tensor: Tensor) -> tuple[str, int]:
+    return str(tensor.dtype), tensor.numel()
 
 
 def _is_inexact(tensor: Tensor) -> bool:

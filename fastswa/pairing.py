@@ -59,8 +59,8 @@ def pair_parameters(averaged: nn.Module, model: nn.Module) -> list[Pair]:
     """
     return _pair(
         "parameter",
-        list(averaged.named_parameters(remove_duplicate=False)),
-        list(model.named_parameters(remove_duplicate=False)),
+        list(nn.Module.named_parameters(averaged, remove_duplicate=False)),
+        list(nn.Module.named_parameters(model, remove_duplicate=False)),
     )
 
 
@@ -79,8 +79,8 @@ def pair_buffers(averaged: nn.Module, model: nn.Module) -> list[Pair]:
     """
     return _pair(
         "buffer",
-        list(averaged.named_buffers(remove_duplicate=False)),
-        list(model.named_buffers(remove_duplicate=False)),
+        list(nn.Module.named_buffers(averaged, remove_duplicate=False)),
+        list(nn.Module.named_buffers(model, remove_duplicate=False)),
     )
 
 

@@ -31,7 +31,7 @@ class Rule:
                 0-dimensional tensor, which is then not read by the host.
 
         Returns:
-            A weight in [0, 1]: a float for an int, a 0-dimensional tensor for a tensor.
+            A weight in [0, 1]: a float, or a 0-dimensional tensor where it depends on a tensor.
         """
         raise NotImplementedError
 

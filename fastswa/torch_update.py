@@ -77,12 +77,6 @@ class TorchUpdate:
         flat: the buffers in which `averages` and `copy_to` lie; None where they lie anywhere.
     """
 
-    by_address: Sequence[Tensor]
-    """The sources that are read through a view made here, or that must keep their dtype.
-
-    The others are read through the tensor itself, wherever its memory is by then, and may change their dtype.
-    """
-
     def __init__(
         self,
         averages: Sequence[Tensor],
@@ -112,10 +106,6 @@ class TorchUpdate:
         self._copies = [gather for target, members in runs for gather in _gathers(_bits(members), *_bits([target]))]
         self._copy_to = [copy_to[index] for index in alone]
         self._copy_from = [copy_from[index] for index in alone]
-
-        gathers = [*self._copies, *(gather for blend in self._blends for gather in blend.before)]
-        live = {id(piece) for gather in gathers for piece in gather.pieces} | set(map(id, self._copy_from))
-        self.by_address = [tensor for tensor in (*sources, *copy_from) if id(tensor) not in live]
 
     def lerp_(self, weight: float | Tensor) -> None:
         """Run the update. The caller has turned gradients off.

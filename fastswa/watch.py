@@ -18,44 +18,47 @@ _END = object()
 
 
 class TensorWatch:
-    """Which tensors a module held at one moment, and where some of them were.
+    """Which tensors a module held at one moment, and where they were.
 
-    Replaced parameters, buffers and sub-modules show, and for the tensors in `by_address` other memory too (`.to()`,
-    `.half()`, `parameter.data = ...`). A tensor cut short in place (`parameter.data = parameter.data[:n]`) does not.
+    Replaced parameters, buffers and sub-modules show, new ones too, and tensors that got other memory (`.to()`,
+    `.half()`, `parameter.data = ...`). What stays at its address does not: `parameter.data = parameter.data[:n]`, or a
+    transposition in place.
 
     Args:
-        module: the module to watch. The watch keeps its tensors alive, not the module.
-        by_address: those of its tensors whose memory must stay where it is; the others are compared by identity.
+        module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
-        >>> watch = TensorWatch(layer, [layer.weight])
+        >>> watch = TensorWatch(layer)
         >>> layer.weight.data = torch.zeros(2, 2)
         >>> watch.unchanged()
         False
     """
 
-    def __init__(self, module: nn.Module, by_address: Iterable[Tensor]) -> None:
-        self._slots: list[Iterable[Any]] = []
-        for part in module.modules():
-            # An empty dictionary costs a cache miss too, and what it may gain later has no average.
-            self._slots += [slot.values() for slot in (part._parameters, part._buffers, part._modules) if slot]
+    def __init__(self, module: nn.Module) -> None:
+        slots = [slot for part in module.modules() for slot in (part._parameters, part._buffers, part._modules)]
+        self._empty = [slot for slot in slots if not slot]
+        self._slots: list[Iterable[Any]] = [slot.values() for slot in slots if slot]
         self._held = [*chain.from_iterable(self._slots), _END]
-        self._tensors = list(by_address)
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def unchanged(self) -> bool:
         """Whether the module holds the same tensors, in the same memory, as when the watch began."""
         # The end mark makes one tensor more or fewer a difference too.
         held = chain(chain.from_iterable(self._slots), (_END,))
-        return all(map(is_, held, self._held)) and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        return (
+            all(map(is_, held, self._held))
+            and not any(self._empty)
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        )
 
 
 class MemoryWatch:
-    """Where all of a module's tensors were at one moment.
+    """Where all of a module's tensors were at one moment, for a module whose shapes do not change.
 
-    The cheaper watch where every address matters: a replaced tensor shows by its other address, so identities need no
-    look of their own. Replaced sub-modules show too.
+    A cheaper watch: a replaced tensor shows by its other address, so identities need no look of their own. Replaced
+    sub-modules show too.
 
     Args:
         module: the module to watch. Somebody else keeps its tensors alive, or their addresses could be given out again.
@@ -82,7 +85,7 @@ class MemoryWatch:
         """Whether the module's tensors are the same and in the same memory as when the watch began."""
         try:
             return all(map(is_, chain.from_iterable(self._parts), self._children)) and self._look() == self._addresses
-        except TypeError:  # None where a tensor was
+        except (TypeError, RuntimeError):  # None, or a tensor without an address, where one was
             return False
 
     def _look(self) -> list[int]:

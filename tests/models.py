@@ -62,3 +62,17 @@ def train_step(model: nn.Module) -> None:
             tensor.add_(torch.randn_like(tensor) * 0.1)
         else:
             tensor.add_(1)
+
+
+def assert_same_average(ours: nn.Module, theirs: nn.Module, steps: int = 10) -> None:
+    """Equal within the roundings of some steps, at least of float32: 4 of torch's and 2 of ours, on values below 8."""
+    for (name, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        tolerance = 6 * steps * 8 * max(2**-23, torch.finfo(other.dtype).eps) if other.is_floating_point() else 0
+        assert torch.allclose(tensor, other.to(tensor.dtype), rtol=0, atol=tolerance), name
+
+
+def update_both(model: nn.Module, *averages: nn.Module, steps: int = 2) -> None:
+    for _ in range(steps):
+        train_step(model)
+        for average in averages:
+            average.update_parameters(model)

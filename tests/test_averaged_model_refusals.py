@@ -79,6 +79,30 @@ def test_a_model_that_does_not_match(case: str, function: Callable[..., None] | 
     assert int(average.n_averaged) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.head_norm.bias, "data", torch.zeros(301)),
+        lambda model: setattr(model.head_norm.bias, "data", torch.zeros(1)),
+        lambda model: setattr(model.norm.running_mean, "data", torch.zeros(1)),
+        lambda model: setattr(model.head, "weight", nn.Parameter(model.head.weight.detach()[:2])),
+        lambda model: model.hidden.register_buffer("late", torch.zeros(2)),
+        lambda model: model.register_parameter("late", nn.Parameter(torch.zeros(2))),
+    ],
+    ids=["wider", "broadcastable", "buffer", "sliced", "new_buffer", "new_parameter"],
+)
+def test_a_model_that_changes_shape_in_mid_run(change: Callable[[nn.Module], object]) -> None:
+    model = ConvNet()
+    average = fastswa.AveragedModel(model)
+    for _ in range(2):
+        average.update_parameters(model)
+    change(model)
+    before = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    with pytest.raises(ValueError, match=r"late|head_norm\.bias|running_mean|head\.weight"):
+        average.update_parameters(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in average.state_dict().items())
+
+
 def test_a_wrapped_or_renamed_model_still_matches() -> None:
     model = ConvNet()
     average = fastswa.AveragedModel(model)
@@ -175,6 +199,16 @@ def test_a_module_that_does_not_match() -> None:
         fastswa.AveragedModel(model, module=sharing)
 
 
+def test_a_refused_module_is_left_as_it_was() -> None:
+    module = ConvNet()
+    for arguments in ({"module": module, "backend": "bogus"}, {"module": module, "dtype": torch.int8}):
+        with pytest.raises(ValueError, match="must be"):
+            fastswa.AveragedModel(ConvNet(), **{"dtype": torch.float64, **arguments})
+    with pytest.raises(ValueError, match="the model's own"):
+        fastswa.AveragedModel(module, module=module, dtype=torch.float64)
+    assert module.head.weight.dtype == torch.float32
+
+
 def test_a_module_that_shares_only_memory_gets_its_own() -> None:
     model, module = TiedNet(), TiedNet()
     module.layer.weight.data = model.layer.weight.data
@@ -216,6 +250,16 @@ def test_a_tensor_subclass_is_left_to_torch(caplog: pytest.LogCaptureFixture) ->
     explicit = fastswa.AveragedModel(model, backend="triton")
     with pytest.raises(RuntimeError, match=r"backend='triton' can't update this model: 'marked' is a Marked"):
         explicit.update_parameters(model)
+
+
+def test_a_scripted_model_is_left_to_torch() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    ours, theirs = fastswa.AveragedModel(scripted), torch.optim.swa_utils.AveragedModel(scripted)
+    for _ in range(3):
+        train_step(scripted)
+        ours.update_parameters(scripted)
+        theirs.update_parameters(scripted)
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
 
 
 def test_an_own_function_and_another_order_of_the_parameters() -> None:

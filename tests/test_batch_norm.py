@@ -148,6 +148,63 @@ def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
     assert (model.unused.running_mean == 3).all()
 
 
+def test_a_layer_that_the_model_keeps_frozen_goes_on_with_its_own_statistics() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = Frozen(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).train()
+    model[0].running_mean.fill_(5)
+    model[0].running_var.fill_(9)
+    data = [torch.randn(20, 3) for _ in range(4)]
+    fastswa.update_bn(data, model)
+    assert (model[0].running_mean == 5).all()
+    seen = [(batch - 5) / (9 + model[0].eps) ** 0.5 for batch in data]
+    expected = torch.stack([batch.mean(0) for batch in seen]).mean(0)
+    # Four float32 means of values near -5/3.
+    assert torch.allclose(model[1].running_mean, expected, rtol=0, atol=1e-5)
+
+
+def test_layers_that_share_their_buffers() -> None:
+    ours = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(ours[2], name, getattr(ours[0], name))
+    theirs = deepcopy(ours)
+    data = [torch.randn(8, 3) for _ in range(3)]
+    fastswa.update_bn(data, ours)
+    swa_utils.update_bn(data, theirs)
+    assert int(ours[0].num_batches_tracked) == 6
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_the_default_device_is_not_asked() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    data = [torch.randn(8, 4)]
+    with torch.device("meta"):
+        fastswa.update_bn(data, model)
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_buffers_that_a_failed_pass_replaced_are_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.norm(x)
+
+    model = Counting()
+    before = state(model)
+    with pytest.raises(OSError, match="disk"):
+        fastswa.update_bn((batch[:, 0, :, 0][:, :3] for batch in iter_that_raises(OSError("disk"), after=2)), model)
+    assert_unchanged(model, before)
+
+
 def test_layers_without_values_and_scripted_models() -> None:
     with pytest.raises(ValueError, match=r"1\.running_mean holds no values"):
         fastswa.update_bn(batches(), nn.Sequential(nn.Conv2d(1, 2, 3), nn.LazyBatchNorm2d()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -38,9 +37,6 @@ def check(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:
     lerp_(averages, sources, weight)
     for average, target, old, source in zip(averages, exact, before, sources, strict=True):
         assert_close_in_ulps(average, target, lerp_ulps(average.dtype, kernel=True), old, source)
-
-
-Implementation = Callable[[list[Tensor], list[Tensor], float], None]
 
 
 @pytest.mark.parametrize(("average", "source"), PAIRS, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -206,64 +202,6 @@ def test_equal_to_foreach_lerp_within_an_ulp() -> None:
     lerp_(averages, sources, 0.3)
     for ours, other, old, source in zip(averages, theirs, before, sources, strict=True):
         assert_close_in_ulps(ours, other, 1.0, old, source)
-
-
-REFUSED = {
-    "lengths differ": ([torch.zeros(3)], [], ValueError, "1 averages but 0 sources"),
-    "shapes differ": ([torch.zeros(8, 1)], [torch.zeros(1, 1)], ValueError, r"averages\[0\] has shape \(8, 1\)"),
-    "integers": ([torch.zeros(3, dtype=torch.int64)], [torch.zeros(3)], TypeError, r"averages\[0\] is torch.int64"),
-    "complex": ([torch.zeros(3)], [torch.zeros(3, dtype=torch.complex64)], TypeError, r"sources\[0\] is torch.complex"),
-    "meta": ([torch.zeros(3, device="meta")], [torch.zeros(3)], ValueError, "meta device"),
-}
-
-
-@pytest.mark.parametrize("implementation", [lerp_, reference.lerp_], ids=["kernel", "reference"])
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_lists_are_refused(case: str, implementation: Implementation) -> None:
-    averages, sources, error, message = REFUSED[case]
-    before = [average.clone() for average in averages if not average.is_meta]
-    with pytest.raises(error, match=message):
-        implementation(averages, sources, 0.5)
-    assert all(map(torch.equal, before, [average for average in averages if not average.is_meta]))
-
-
-@pytest.mark.parametrize("implementation", [lerp_, reference.lerp_], ids=["kernel", "reference"])
-def test_overlapping_memory_is_refused(implementation: Implementation) -> None:
-    base = torch.zeros(100)
-    others = [torch.zeros(10), torch.zeros(10)]
-    for averages, sources, message in (
-        ([*others, base[:60]], [torch.ones(10), torch.ones(10), base[40:]], r"sources\[2\] overlaps averages\[2\]"),
-        ([base[:10], others[0]], [others[1], base[5:15]], r"sources\[1\] overlaps averages\[0\]"),
-        ([base[:10], base[5:15]], others, r"averages\[0\] and averages\[1\] overlap"),
-        ([base], [base], "overlaps"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            implementation(averages, sources, 0.5)
-    assert (base == 0).all()
-    # Neighbours in one memory are no overlap.
-    implementation([base[:50]], [base[50:]], 0.5)
-
-
-@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), torch.tensor([0.5]), torch.tensor(1)])
-def test_bad_weights_are_refused(weight: float | Tensor) -> None:
-    with pytest.raises(ValueError, match="weight must be"):
-        lerp_([torch.zeros(3)], [torch.ones(3)], weight)
-
-
-def test_a_table_says_which_tensor_it_refuses() -> None:
-    with pytest.raises(ValueError, match=r"averages\[1\]: the average and its source have different strides"):
-        LerpTable([torch.zeros(2), torch.zeros(2, 3)], [torch.zeros(2), torch.zeros(3, 2).t()])
-    with pytest.raises(ValueError, match=r"copy_to\[0\] is torch.int64 but copy_from\[0\] torch.int32"):
-        LerpTable([], [], [torch.zeros(2, dtype=torch.int64)], [torch.zeros(2, dtype=torch.int32)])
-
-
-def test_refusal_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fastswa_kernels.refusal(torch.device("cpu")) is None  # the interpreter
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert fastswa_kernels.refusal(torch.device("cpu")) == "the kernels run on CUDA and ROCm devices, not on cpu"
-    assert fastswa_kernels.refusal(torch.device("cuda")) is None
-    monkeypatch.setattr("fastswa_kernels.table.find_spec", lambda _: None)
-    assert fastswa_kernels.refusal(torch.device("cuda")) == "triton is not installed"
 
 
 def test_dense_view_and_same_layout() -> None:

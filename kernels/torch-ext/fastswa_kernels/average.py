@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .average_kernel import Launch, specialisation
-from .pairs import FLOAT_DTYPES, check_lerp, check_shapes, dense_view, distinct
+from .pairs import FLOAT_DTYPES, check_lerp, check_overlap, check_shapes, check_weight, dense_view, distinct
 from .table import LaunchConfig, build, layout_refusal, refusal
 
 
@@ -49,6 +49,7 @@ class LerpTable:
     ) -> None:
         check_lerp(averages, sources)
         check_shapes(copy_to, copy_from)
+        check_overlap([*averages, *copy_to], [*sources, *copy_from])
         _check_layout("averages", averages, sources)
         _check_layout("copy_to", copy_to, copy_from)
         for index, (target, source) in enumerate(zip(copy_to, copy_from, strict=True)):
@@ -57,8 +58,6 @@ class LerpTable:
                     f"copy_to[{index}] is {target.dtype} but copy_from[{index}] {source.dtype}; copies keep the dtype"
                 )
         self._launches = _plan(averages, sources, copy_to, copy_from, config)
-        self.by_address: Sequence[Tensor] = [*sources, *copy_from]
-        """The tensors whose addresses the table holds besides the averages'."""
 
     @property
     def launches(self) -> int:
@@ -75,7 +74,7 @@ class LerpTable:
         Raises:
             ValueError: a weight outside [0, 1] or NaN, or a weight tensor that is not 0-dimensional.
         """
-        _check_weight(weight)
+        check_weight(weight)
         for launch in self._launches:
             launch.run(weight)
 
@@ -107,7 +106,7 @@ def lerp_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float |
     References:
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, Algorithm 1.
     """
-    _check_weight(weight)
+    check_weight(weight)
     check_shapes(averages, sources)
     targets, origins = list(averages), list(sources)
     for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
@@ -123,6 +122,7 @@ def lerp_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float |
         launches = _recent[key] = LerpTable(targets, origins)._launches
         if len(_recent) > 8:
             _recent.popitem(last=False)
+    _recent.move_to_end(key)
     for launch in launches:
         launch.run(weight)
     for average, target in zip(averages, targets, strict=True):
@@ -174,14 +174,3 @@ def _check_layout(name: str, targets: Sequence[Tensor], sources: Sequence[Tensor
         reason = refusal(target.device) or layout_refusal(target, source)
         if reason:
             raise ValueError(f"{name}[{index}]: {reason}")
-
-
-def _check_weight(weight: float | Tensor) -> None:
-    if isinstance(weight, Tensor):
-        if weight.dim() != 0 or not weight.is_floating_point():
-            raise ValueError(
-                "weight must be a float or a 0-dimensional floating tensor, "
-                f"got {weight.dtype} of shape {tuple(weight.shape)}"
-            )
-    elif not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight must be in [0, 1], got {weight}")

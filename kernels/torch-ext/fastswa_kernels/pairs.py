@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -54,6 +55,28 @@ def same_layout(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def check_weight(weight: float | Tensor) -> None:
+    """Refuse a weight that is no weight of an average.
+
+    Args:
+        weight: a number, or a tensor, whose value is not read.
+
+    Raises:
+        ValueError: a number outside [0, 1] or NaN; a tensor that is not 0-dimensional or not floating.
+        TypeError: anything else.
+    """
+    if isinstance(weight, Tensor):
+        if weight.dim() != 0 or not weight.is_floating_point():
+            raise ValueError(
+                "weight must be a float or a 0-dimensional floating tensor, "
+                f"got {weight.dtype} of shape {tuple(weight.shape)}"
+            )
+    elif not isinstance(weight, Real):
+        raise TypeError(f"weight must be a float or a 0-dimensional floating tensor, got {type(weight).__name__}")
+    elif not 0.0 <= float(weight) <= 1.0:
+        raise ValueError(f"weight must be in [0, 1], got {weight}")
+
+
 def check_lerp(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Refuse lists that `lerp_` can't update right, before anything is written.
 
@@ -92,6 +115,8 @@ def check_shapes(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             )
         if average.is_meta or source.is_meta:
             raise ValueError(f"averages[{index}] or sources[{index}] is on the meta device and holds no values")
+        if average.is_neg() or average.is_conj():
+            raise ValueError(f"averages[{index}] is a negated or conjugated view; resolve it first")
 
 
 def check_overlap(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -100,11 +125,15 @@ def check_overlap(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None
     A pair listed twice (a tied weight under two names) is no overlap: `distinct` drops its second mention.
 
     Raises:
-        ValueError: names the two tensors that overlap.
+        ValueError: names the two tensors that overlap, or one that overlaps itself.
     """
     kept = [index for index in distinct(averages, sources) if averages[index].numel()]
     if not kept:
         return
+    for index in kept:
+        start, end = _extent(averages[index])
+        if end - start < averages[index].nbytes:
+            raise ValueError(f"averages[{index}] overlaps itself in memory, as expanded tensors do")
     written = np.array([_extent(averages[index]) for index in kept], dtype=np.int64)
     read = np.array([_extent(sources[index]) for index in kept], dtype=np.int64)
     order = np.argsort(written[:, 0], kind="stable")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .pairs import check_lerp, distinct
+from .pairs import check_lerp, check_weight, distinct
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def lerp_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float |
         weight: in [0, 1]: a float, or a 0-dimensional floating tensor.
 
     Raises:
-        ValueError: lists of different length, shapes that differ, memory that overlaps; nothing has been written.
+        ValueError: lists of different length, shapes that differ, memory that overlaps, a weight outside [0, 1];
+            nothing has been written.
         TypeError: a dtype that is not one of the four; nothing has been written.
 
     Example:
@@ -42,6 +43,7 @@ def lerp_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float |
     References:
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, Algorithm 1.
     """
+    check_weight(weight)
     check_lerp(averages, sources)
     for index in distinct(averages, sources):
         average, source = averages[index], sources[index]

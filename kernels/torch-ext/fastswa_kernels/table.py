@@ -98,6 +98,8 @@ def layout_refusal(average: Tensor, source: Tensor) -> str | None:
     """
     if average.device != source.device:
         return f"the average is on {average.device} and its source on {source.device}"
+    if source.is_neg() or source.is_conj():
+        return "the source is a negated or conjugated view"
     if not same_layout(average, source):
         return "the average and its source have different strides"
     if dense_view(average) is None:
