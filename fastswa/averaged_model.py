@@ -71,7 +71,7 @@ class AveragedModel(swa_utils.AveragedModel):
     backend: str = "auto"
     _averaged: FlatModule | None = None
     _update: ModuleUpdate | None = None
-    _recognised: tuple[object, Rule | None] = (None, None)
+    _recognised: tuple[object, Rule | None] = (None, recognise(None))
     _counted: tuple[Tensor | None, int, int] = (None, 0, 0)
     _captured: bool = False
 
@@ -145,7 +145,7 @@ class AveragedModel(swa_utils.AveragedModel):
             super().update_parameters(model)
             return
         counter = self.n_averaged
-        if _capturing():
+        if update.on_gpu and _capturing():
             self._captured = True
         n = 0 if self._captured else self._count(counter)
         if self._captured or (n == 0 and counter.is_cuda):
@@ -154,7 +154,8 @@ class AveragedModel(swa_utils.AveragedModel):
         else:
             update.lerp_(1.0 if n == 0 else rule.weight(n))
         counter.add_(1)
-        self._counted = (counter, _version(counter), n + 1)
+        # Past Module.__setattr__, which would look for a parameter first.
+        self.__dict__["_counted"] = (counter, _version(counter), n + 1)
 
     def _count(self, counter: Tensor) -> int:
         """The host's own count, unless somebody else wrote the counter (load_state_dict, a reset): then it is read."""
@@ -163,8 +164,6 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def _rule(self) -> Rule | None:
         function = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
-        if function is None:
-            return recognise(None)
         if self._recognised[0] is not function:
             self._recognised = (function, recognise(function))
         return self._recognised[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,6 +50,8 @@ class FlatBuffers:
     Each tensor keeps its identity, shape, values and memory format, and gets dense strides. Its memory becomes a
     stretch of the buffer through a storage of its own: saving, copying or deleting one tensor concerns that stretch
     alone, though the buffer lives as long as any of them. Tensors that must stay where they are (`stay_reason`) do.
+    A tensor that gets other memory, or is deleted, lets its storage go, and `intact` turns False, at no cost to anyone.
+    Only an alias of the old memory that somebody keeps (a `state_dict`) delays that until the alias is gone.
 
     Args:
         tensors: strided tensors of any shape and dtype, each listed once.
@@ -60,6 +64,9 @@ class FlatBuffers:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.intact = True
+        """Whether every tensor that was moved still has the memory it was given."""
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._place: dict[int, _Place] = {}
         tensors = [tensor for tensor in tensors if stay_reason(tensor) is None]
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
@@ -78,6 +85,8 @@ class FlatBuffers:
             key = (tensor.device, tensor.dtype)
             _move(tensor, buffers[key][offset : offset + tensor.numel()])
             self._place[tensor.data_ptr()] = _Place(buffers[key], offset)
+            # By a weak reference: a storage must not keep these buffers alive.
+            self._storages.append(weakref.ref(tensor.untyped_storage(), partial(_let_go, weakref.ref(self))))
 
     def adjacent(self, first: Tensor, second: Tensor) -> bool:
         """Whether a tensor starts in a buffer where another ends.
@@ -107,6 +116,12 @@ class FlatBuffers:
         start = self._place[first.data_ptr()]
         size = (last.data_ptr() + last.nbytes - first.data_ptr()) // start.buffer.element_size()
         return start.buffer[start.offset : start.offset + size].view(first.dtype)
+
+
+def _let_go(buffers: weakref.ref[FlatBuffers], _: object) -> None:
+    alive = buffers()
+    if alive is not None:
+        alive.intact = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from fastswa import backends
 from fastswa.flat import FlatBuffers
 from fastswa.pairing import Pair, pair_buffers, pair_parameters
-from fastswa.watch import MemoryWatch, TensorWatch
+from fastswa.watch import TensorWatch
 
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
@@ -30,7 +30,7 @@ class FlatModule:
         self.module = module
         parameters, buffers = list(module.parameters()), list(module.buffers())
         self.buffers = FlatBuffers([*sorted(parameters, key=_neighbourhood), *sorted(buffers, key=_neighbourhood)])
-        self._watch = MemoryWatch(module)
+        self._watch = TensorWatch(module, every_address=False)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether this is the module, and its tensors are still in the buffers.
@@ -38,7 +38,7 @@ class FlatModule:
         Args:
             module: that is to be updated.
         """
-        return self.module is module and self._watch.unchanged()
+        return self.module is module and self.buffers.intact and self._watch.unchanged()
 
 
 class ModuleUpdate:
@@ -59,6 +59,8 @@ class ModuleUpdate:
     def __init__(self, averaged: FlatModule, model: nn.Module, use_buffers: bool, backend: str) -> None:
         lerps, copies = sort_pairs(averaged.module, model, use_buffers)
         self._settings = (averaged, use_buffers, backend)
+        self.on_gpu = any(pair.average.is_cuda for pair in (*lerps, *copies))
+        """Whether the update may find itself in the capture of a CUDA graph."""
         averages = [pair.average for pair in lerps]
         self._trained = [tensor for tensor in averages if tensor.requires_grad and not tensor.is_inference()]
         self._update: backends.Update | None = backends.prepare(
