@@ -74,6 +74,7 @@ class AveragedModel(swa_utils.AveragedModel):
     _recognised: tuple[object, Rule | None] = (None, recognise(None))
     _counted: tuple[Tensor | None, int, int] = (None, 0, 0)
     _captured: bool = False
+    _in_graph: bool = False
 
     def __init__(
         self,
@@ -118,6 +119,20 @@ class AveragedModel(swa_utils.AveragedModel):
         self.use_buffers = use_buffers
         self.backend = backend
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged module.
+
+        Args:
+            *args: of the module.
+            **kwargs: of the module.
+
+        Returns:
+            What the module returns.
+        """
+        if torch.is_grad_enabled():
+            self._in_graph = True
+        return self.module(*args, **kwargs)
+
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the model's present weights into the average.
@@ -154,6 +169,9 @@ class AveragedModel(swa_utils.AveragedModel):
         else:
             update.lerp_(1.0 if n == 0 else rule.weight(n))
         counter.add_(1)
+        if self._in_graph:
+            update.invalidate_graphs()
+            self._in_graph = False
         # Past Module.__setattr__, which would look for a parameter first.
         self.__dict__["_counted"] = (counter, _version(counter), n + 1)
 
@@ -200,7 +218,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # The prepared update holds addresses, which mean nothing in a copy or in another process.
-        hidden = ("_averaged", "_update", "_counted", "_recognised", "_captured")
+        hidden = ("_in_graph", "_averaged", "_update", "_counted", "_recognised", "_captured")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
 

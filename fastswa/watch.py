@@ -26,8 +26,8 @@ class TensorWatch:
 
     Args:
         module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
-        every_address: if not, only what `.to()` and its kin move is sure to show; for a module whose memory somebody
-            else watches.
+        every_address: if not, new tensors do not show, and other memory only where `.to()` and its kin gave it; for a
+            module whose memory somebody else watches.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -40,7 +40,7 @@ class TensorWatch:
     def __init__(self, module: nn.Module, every_address: bool = True) -> None:
         parts = list(module.modules())
         slots = [slot for part in parts for slot in (part._parameters, part._buffers, part._modules)]
-        self._empty = [slot for slot in slots if not slot]
+        self._empty = [slot for slot in slots if not slot and every_address]
         self._slots: list[Iterable[Any]] = [slot.values() for slot in slots if slot]
         self._held = [*chain.from_iterable(self._slots), _END]
         if every_address:

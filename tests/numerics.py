@@ -2,8 +2,8 @@
 
 One lerp rounds three times in the arithmetic's dtype, each time by at most half an ulp: the difference (up to twice an
 operand, but scaled by a weight of at most 1/2 in the two-sided form), the product (an operand at most), the sum. A
-fused multiply-add saves one. The unit is the ulp of the largest operand, whatever the result's own size: where the average
-and the source cancel, no arithmetic of the same width does better. 1.5 ulp from the exact value is 1 ulp from the
+fused multiply-add saves one. The unit is the ulp of the largest operand, whatever the result's own size: where average
+and source cancel, no arithmetic of the same width does better. 1.5 ulp from the exact value is 1 ulp from the
 correctly rounded one. The weight counts as given in the arithmetic's dtype.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 LERP_ULPS = {
     torch.float32: 1.5,
     torch.float64: 1.5,
-    # float32 arithmetic errs by 1.5 * 2^-13 (float16) or 2^-16 (bfloat16) of these ulps; then one rounding at the store.
+    # float32 arithmetic errs by 1.5 * 2^-13 (float16) or 2^-16 (bfloat16) of these ulps; then the store rounds once.
     torch.float16: 0.51,
     torch.bfloat16: 0.51,
 }

@@ -1,0 +1,41 @@
+"""Runs one of the benchmarks' commands; each is a module with `add_arguments(parser)` and `run(arguments) -> int`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "demo": "train on scikit-learn's digits: SGD, SWA and EMA side by side",
+    "update": "time one update of the average against torch's, and against the machine's bandwidth",
+    "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
+    "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The exit status: 0 if everything that was promised holds.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        # The other commands' modules stay unimported: the demo alone needs matplotlib and scikit-learn.
+        if name in arguments[:1]:
+            module = import_module(f"benchmarks.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    return int(parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,82 @@
+"""How the time of a call is taken, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.measure import Call, Times
+
+
+class CPUClock:
+    """Time on the host, for work that is done when the call returns."""
+
+    def block(self, call: Call, count: int, times: Times) -> None:
+        call()
+        runs = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            call()
+            runs.append((time.perf_counter_ns() - start) / 1e3)
+        times.runs.append(runs)
+
+
+class CUDAClock:
+    """Time on the device between two events, the host's time for a call, and the time of calls in a row.
+
+    The device is kept asleep while the host prepares a run, so that its time holds no gaps from the host, except where
+    the call itself waits for the device. The pair of events adds a microsecond or two.
+    """
+
+    def __init__(self) -> None:
+        cycles = 20_000_000
+        torch.cuda._sleep(cycles)
+        self._cycles = cycles / self._between(lambda: torch.cuda._sleep(cycles), 0.0)
+
+    def block(self, call: Call, count: int, times: Times) -> None:
+        call()
+        host = []
+        for _ in range(count):
+            torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            call()
+            host.append((time.perf_counter_ns() - start) / 1e3)
+        asleep = 1.5 * max(host) + 50
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        times.wall.append((time.perf_counter_ns() - start) / 1e3 / count)
+        times.runs.append([self._between(call, asleep) for _ in range(count)])
+        times.host.append(host)
+
+    def _between(self, call: Call, asleep: float) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if asleep:
+            torch.cuda._sleep(int(asleep * self._cycles))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end)
+
+
+def device_launches(call: Call) -> int | None:
+    """How many kernels, copies and fills a call starts on the GPU.
+
+    Args:
+        call: run twice.
+
+    Returns:
+        The number, or None where the profiler can't see the device.
+    """
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda for event in profile.events() or ()) or None

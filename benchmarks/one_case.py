@@ -1,0 +1,125 @@
+"""One case of the update's benchmark: every provider is checked, and those that are right take turns being timed."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from benchmarks import providers, record
+from benchmarks.cases import Shapes
+from benchmarks.clocks import CPUClock, CUDAClock, device_launches
+from benchmarks.measure import Times, measure, ratio
+from benchmarks.providers import CEILING, OURS, PLANS
+from benchmarks.record import Row
+from benchmarks.verify import CEILING_NOTE, YES, verify
+
+
+def check_case(case: str, plan: str, device: torch.device) -> dict[str, str]:
+    """Check every provider on one case.
+
+    Args:
+        case: a key of `CASES`.
+        plan: a key of `PLANS`.
+        device: where the model is.
+
+    Returns:
+        A verdict for each provider, as `verify` gives it.
+    """
+    torch.manual_seed(0)
+    return verify(Shapes(case, PLANS[plan].source, device), PLANS[plan], providers.PROVIDERS)[1]
+
+
+def measure_case(
+    case: str,
+    plan: str,
+    device: torch.device,
+    seconds: float,
+    command: str,
+    verdicts: dict[str, str] | None = None,
+    settled: bool = False,
+) -> list[Row]:
+    """Time every provider on one case that gives the right result.
+
+    Args:
+        case: a key of `CASES`.
+        plan: a key of `PLANS`.
+        device: where the model is.
+        seconds: to spend on timing.
+        command: to be recorded.
+        verdicts: of `check_case` in another process; left out, the check is made here.
+        settled: bring the C library's allocator into the state in which it keeps large blocks.
+
+    Returns:
+        A row for each provider, with no times for those that were skipped or wrong.
+    """
+    torch.manual_seed(0)
+    facts = record.environment(device, command)
+    model = Shapes(case, PLANS[plan].source, device)
+    size = providers.update_bytes(model, PLANS[plan])
+    if verdicts is None:
+        prepared, verdicts = verify(model, PLANS[plan], providers.PROVIDERS)
+    else:
+        right = [name for name, verdict in verdicts.items() if verdict in (YES, CEILING_NOTE)]
+        prepared = {name: providers.PROVIDERS[name].setup(model, PLANS[plan]) for name in right}
+    if settled:
+        _settle_allocator()
+    clock = CUDAClock() if device.type == "cuda" else CPUClock()
+    times, disturbed = measure({name: ready.update for name, ready in prepared.items()}, clock, seconds)
+    for name, ready in prepared.items():
+        if ready.part < 1:
+            times[name] = times[name].scaled(1 / ready.part)
+    rows = []
+    for name in providers.PROVIDERS:
+        values = dict.fromkeys(MEASURED) | _values(times, name, size)
+        if device.type == "cuda" and name in prepared:
+            values["launches"] = device_launches(prepared[name].update)
+        rows.append(
+            Row(
+                **facts,  # type: ignore[arg-type]
+                case=case,
+                plan=plan,
+                provider=name,
+                tensors=len(list(model.parameters())),
+                buffers=len(list(model.buffers())),
+                elements=sum(tensor.numel() for tensor in model.parameters()),
+                bytes=size,
+                disturbed=disturbed,
+                checked=verdicts[name],
+                **values,  # type: ignore[arg-type]
+            )
+        )
+    return rows
+
+
+MEASURED = (
+    *("p20_us", "p50_us", "p80_us", "gb_per_second", "share_of_ceiling", "ratio_to_fastswa"),
+    *("host_us", "wall_us", "wall_ratio_to_fastswa", "launches"),
+)
+
+
+def _settle_allocator() -> None:
+    """Free one block of 30 MB on the CPU, as training may do with its activations.
+
+    The C library then keeps blocks of up to that size for the next temporary, where before it gave the larger ones back
+    to the system each time. It is the state in which an update that allocates is quickest.
+    """
+    torch.zeros(30 << 18).add_(1)
+
+
+def _values(times: dict[str, Times], name: str, size: int) -> dict[str, float]:
+    if name not in times:
+        return {}
+    own = times[name]
+    values = {f"p{percent}_us": own.percentile(percent) for percent in (20, 50, 80)}
+    values["gb_per_second"] = size / values["p50_us"] / 1e3
+    values["share_of_ceiling"] = ratio(times[CEILING], own)
+    if OURS in times:
+        values["ratio_to_fastswa"] = ratio(own, times[OURS])
+    if own.wall:
+        values["host_us"] = statistics.median(run for block in own.host for run in block)
+        values["wall_us"] = statistics.median(own.wall)
+        if OURS in times:
+            walls = zip(own.wall, times[OURS].wall, strict=True)
+            values["wall_ratio_to_fastswa"] = statistics.median(one / other for one, other in walls)
+    return values

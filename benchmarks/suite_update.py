@@ -1,0 +1,33 @@
+"""The update for pytest-benchmark, whose saved runs show a change that made it slower.
+
+    pytest benchmarks/suite_update.py --benchmark-only --benchmark-autosave --benchmark-compare
+
+`python -m benchmarks update` is the measurement to quote: here nothing takes turns, so compare runs of a quiet machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, Shapes
+from benchmarks.providers import PLANS, PROVIDERS
+from benchmarks.update import GPU_ONLY, plans
+from benchmarks.verify import verify
+
+CPU = torch.device("cpu")
+COMPARISONS = [(case, plan) for case in CASES if case != GPU_ONLY for plan in plans(CPU, case)]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("case", "plan"), COMPARISONS, ids=lambda name: name)
+def test_update(benchmark: Any, case: str, plan: str, provider: str) -> None:
+    benchmark.group = f"{case} {plan}"
+    model = Shapes(case, PLANS[plan].source)
+    prepared, verdicts = verify(model, PLANS[plan], {provider: PROVIDERS[provider]})
+    if provider not in prepared:
+        assert not PROVIDERS[provider].ours, verdicts[provider]
+        pytest.skip(verdicts[provider])
+    benchmark(prepared[provider].update)

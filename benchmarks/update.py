@@ -1,0 +1,111 @@
+"""Times one update of the average for every way to make it, on the tensors of real models.
+
+A case runs in a process of its own, because the time of an update that allocates (torch's default on a CPU) depends on
+what the allocator has seen before (benchmarks/one_case.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from benchmarks import providers, record
+from benchmarks.alone import alone
+from benchmarks.cases import CASES
+from benchmarks.one_case import check_case, measure_case
+from benchmarks.process import in_fresh_process
+from benchmarks.record import Row
+from benchmarks.table import table
+from benchmarks.targets import compared_alone
+
+GPU_ONLY = "llama8b"
+SECONDS = {"cpu": 10.0, "cuda": 5.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--device", choices=SECONDS, default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help=f"default: all; {GPU_ONLY} on a GPU only")
+    parser.add_argument("--output", type=Path, help="CSV file; default: benchmarks/results/<device>.csv")
+    parser.add_argument("--seconds-per-case", type=float, help="for each case and dtype plan; default: 10, on a GPU 5")
+    parser.add_argument(
+        "--settled-allocator",
+        action="store_true",
+        help="on a CPU: let the C library keep large blocks, the state in which updates that allocate are quickest",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print a table for each case, write the CSV file.
+
+    Args:
+        arguments: as `add_arguments` declares them.
+
+    Returns:
+        0; 1 if fastswa gave a wrong result or a case's process died; 2 if the device can't do what was asked.
+    """
+    device = torch.device(arguments.device)
+    cases = arguments.cases or [case for case in CASES if device.type == "cuda" or case != GPU_ONLY]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is available", file=sys.stderr)
+        return 2
+    if device.type == "cpu" and GPU_ONLY in cases:
+        print(f"{GPU_ONLY} needs a GPU: its averages take 16 GB each", file=sys.stderr)
+        return 2
+    seconds = arguments.seconds_per_case or SECONDS[device.type]
+    command = f"python -m benchmarks update --device {device.type} --seconds-per-case {seconds:g}"
+    if arguments.cases:
+        command += f" --cases {' '.join(cases)}"
+    if arguments.settled_allocator:
+        command += " --settled-allocator"
+
+    rows: list[Row] = []
+    died = False
+    for case in cases:
+        for plan in plans(device, case):
+            try:
+                # Not in the process that is timed: the check's float64 temporaries change what a CPU's allocator keeps,
+                # and with it the time of every update that allocates. On a GPU a second process costs seconds.
+                verdicts = in_fresh_process(check_case, case, plan, device) if device.type == "cpu" else None
+                measured = in_fresh_process(
+                    measure_case, case, plan, device, seconds, command, verdicts, arguments.settled_allocator
+                )
+            except BrokenProcessPool as error:
+                print(f"{case} {plan}: the process died (memory?): {error}", file=sys.stderr)
+                died = True
+                continue
+            if compared_alone(device.type, case, plan):
+                measured += alone(measured, seconds / 10)
+            print(table(device, measured), flush=True)
+            rows += measured
+    path = arguments.output or record.default_path(device)
+    record.write(path, rows)
+    print(f"{len(rows)} measurements in {path}")
+    wrong = [row for row in rows if providers.PROVIDERS[row.provider].ours and row.checked != "yes"]
+    for row in wrong:
+        print(f"{row.case} {row.plan}: {row.provider}: {row.checked}", file=sys.stderr)
+    return int(died or bool(wrong))
+
+
+def plans(device: torch.device, case: str) -> Sequence[str]:
+    """The dtype plans of a case.
+
+    Args:
+        device: to be measured.
+        case: a key of `CASES`.
+
+    Returns:
+        Keys of `PLANS`.
+    """
+    if case == GPU_ONLY:
+        return ("bf16",)
+    return ("fp32", "mixed", "bf16") if device.type == "cuda" else ("fp32", "mixed")

@@ -1,0 +1,241 @@
+"""The benchmark measures the right tensors, and gives no time to a wrong result."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import disturbance, measure, providers, update
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, Shapes
+from benchmarks.disturbance import LIMIT, Disturbance
+from benchmarks.measure import Times, ratio
+from benchmarks.one_case import measure_case
+from benchmarks.providers import CACHED, CEILING, OURS, PLANS, PROVIDERS, TORCH, Plan, Prepared, Provider
+from benchmarks.record import HEADINGS
+from benchmarks.targets import judge
+from benchmarks.wheel import faults
+
+KNOWN = {
+    "resnet20": (59, 269_722),
+    "preresnet164": (494, 1_726_388),
+    "resnet50": (161, 25_557_032),
+    "vit_b": (152, 86_567_656),
+    "gpt2": (148, 124_439_808),
+    "llama8b": (291, 8_030_261_248),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cases_have_the_published_sizes(case: str) -> None:
+    shapes = [shape for _, shape, kind in CASES[case]() if kind == "parameter"]
+    assert (len(shapes), sum(map(prod, shapes))) == KNOWN[case]
+
+
+def test_a_case_holds_its_tensors_under_their_names() -> None:
+    model = Shapes("resnet20", torch.bfloat16)
+    names = {name: (shape, kind) for name, shape, kind in CASES["resnet20"]()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        shape, kind = names.pop(name)
+        assert tensor.shape == shape
+        assert tensor.dtype == (torch.int64 if kind == "counter" else torch.bfloat16)
+    assert not names
+
+
+def test_bytes_of_an_update() -> None:
+    model = nn.BatchNorm1d(8)
+    # 16 parameters of 12 bytes; 16 floats and one counter, read and written.
+    assert providers.update_bytes(model, PLANS["fp32"]) == 16 * 12 + 16 * 8 + 16
+    assert providers.update_bytes(model.bfloat16(), PLANS["mixed"]) == 16 * 10 + 16 * 6 + 16
+    assert providers.update_bytes(model, PLANS["bf16"]) == 16 * 6 + 16 * 4 + 16
+
+
+RIGHT = dict(PROVIDERS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Two threads on a busy machine wait for one another in every call, and the times do not matter here.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(path: Path) -> tuple[int, list[dict[str, str]]]:
+    options = ["--cases", "resnet20", "--seconds-per-case", "0.01", "--output", str(path)]
+    status = main(["update", *options])
+    with path.open(newline="") as file:
+        return status, list(csv.DictReader(file))
+
+
+def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = run(tmp_path / "results.csv")
+    assert status == 0
+    assert [(row["plan"], row["provider"]) for row in rows] == [
+        (p, name) for p in ("fp32", "mixed") for name in PROVIDERS
+    ]
+    for row in rows:
+        assert (row["case"], row["device"], row["tensors"], row["elements"]) == ("resnet20", "cpu", "59", "269722")
+        assert row["torch"] == torch.__version__
+        assert row["cpu"]
+        if row["checked"].startswith("skipped: "):
+            assert row["plan"] == "mixed"
+            assert "dtype" in row["checked"]
+            assert not row["p50_us"]
+            continue
+        assert row["checked"] == ("averages nothing" if row["provider"] == CEILING else "yes")
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert float(row[HEADINGS["ratio_to_fastswa"]]) > 0
+    # torch 2.11 refuses the mixed plan in its default update too.
+    skipped = {row["provider"] for row in rows if row["checked"].startswith("skipped")}
+    assert {CACHED, f"{TORCH}, get_ema_multi_avg_fn"} <= skipped <= {CACHED, f"{TORCH}, get_ema_multi_avg_fn", TORCH}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PROVIDERS)
+    assert "times as fast as cached _foreach_lerp_, asked >= 1" in printed
+
+
+def wrong_weight(model: nn.Module, plan: Plan) -> Prepared:
+    """fastswa, but an average of the wrong kind."""
+    return RIGHT[f"{OURS}, EMA"].setup(model, plan)
+
+
+def misses_an_element(model: nn.Module, plan: Plan) -> Prepared:
+    """torch, but the last element of the last parameter is left as it was."""
+    right = RIGHT[TORCH].setup(model, plan)
+    last = list(right.averaged.parameters())[-1].detach()
+
+    def update() -> None:
+        kept = last[-1].clone()
+        right.update()
+        last[-1] = kept
+
+    return Prepared(update, right.averaged)
+
+
+def stale_buffers(model: nn.Module, plan: Plan) -> Prepared:
+    """An average whose buffers stay behind by one update."""
+    right = RIGHT[CACHED].setup(model, plan)
+
+    def update() -> None:
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        right.update()
+        for buffer, value in zip(right.averaged.buffers(), buffers, strict=True):
+            buffer.copy_(value + 1)
+
+    return Prepared(update, right.averaged)
+
+
+def breaks(model: nn.Module, plan: Plan) -> Prepared:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("name", "setup", "reason", "status"),
+    [
+        (OURS, wrong_weight, "wrong: stem.weight is off by", 1),
+        (OURS, breaks, "wrong: raised RuntimeError: no such kernel", 1),
+        (TORCH, misses_an_element, "wrong: head.bias is off by", 0),
+        (CACHED, stale_buffers, "wrong: buffer stem_norm.running_mean differs", 0),
+        (TORCH, breaks, "skipped: RuntimeError: no such kernel", 0),
+    ],
+)
+def test_a_wrong_result_gets_no_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    setup: Callable[[nn.Module, Plan], Prepared],
+    reason: str,
+    status: int,
+) -> None:
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    # A fresh process would not see the changed registry.
+    monkeypatch.setattr(update, "in_fresh_process", call)
+    monkeypatch.setattr(update, "plans", lambda device, case: ["fp32"])
+    monkeypatch.setitem(PROVIDERS, name, Provider(setup, PROVIDERS[name].weight, PROVIDERS[name].ours))
+    result, rows = run(tmp_path / "results.csv")
+    assert result == status
+    for row in rows:
+        if row["provider"] == name:
+            assert row["checked"].startswith(reason)
+            assert not row["p50_us"]
+        else:
+            assert row["p50_us"]
+
+
+def test_llama_is_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["update", "--cases", "llama8b"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The machine is ten times slower in the second round; the calls keep their ratio of 3.
+    fast = Times([[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]])
+    slow = Times([[3.0, 9.0, 3.0], [30.0, 30.0], [3.0]])
+    assert ratio(slow, fast) == 3.0
+    assert slow.scaled(2.0).percentile(50) == 12.0
+
+
+class StepClock:
+    """Each run takes a microsecond more than the one before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def block(self, call: Callable[[], object], count: int, times: Times) -> None:
+        call()
+        times.runs.append([self.now + run for run in range(count)])
+        self.now += count
+
+
+@pytest.mark.parametrize(("shares", "expected"), [([0.0], 0), ([0.5, 0.0, 0.5, 0.0], 0), ([0.5], 4)])
+def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch, shares: list[float], expected: int) -> None:
+    upcoming = itertools.cycle(shares)
+    monkeypatch.setattr(measure.Disturbance, "share", lambda self: next(upcoming))
+    # Of a machine that is always disturbed the first measurements have to do.
+    seconds = 1.0 if expected == 0 else 0.0
+    calls = {"one": lambda: None, "other": lambda: None}
+    times, found = measure.measure(calls, StepClock(), seconds, rounds=4)
+    assert found == expected
+    assert all(len(own.runs) == 4 for own in times.values())
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0.0, False), (50.0, True)])
+def test_other_processes_are_noticed(monkeypatch: pytest.MonkeyPatch, others: float, expected: bool) -> None:
+    # Busy processors are this process, and `others` seconds of something else on each.
+    taken = iter([0.0, others * (os.cpu_count() or 1)])
+    monkeypatch.setattr(disturbance, "_busy_seconds", lambda: next(taken) + time.process_time())
+    monkeypatch.setattr(disturbance.time, "perf_counter", itertools.count(0, 100).__next__)
+    assert (Disturbance().share() > LIMIT) == expected
+
+
+def test_targets_are_judged_from_the_measurements() -> None:
+    rows = {row.provider: row for row in measure_case("resnet20", "fp32", torch.device("cpu"), 0.01, "")}
+    (line,) = judge("cpu", "resnet20", "fp32", rows)
+    value = rows[CACHED].ratio_to_fastswa
+    assert value is not None
+    assert line.startswith("met: " if value >= 1 else "NOT MET: ")
+
+
+def test_a_wheel_with_strange_contents_is_refused() -> None:
+    good = [f"{package}/{name}" for package in ("fastswa", "fastswa_kernels") for name in ("__init__.py", "py.typed")]
+    good += ["fastswa-0.1.0.dist-info/METADATA", "fastswa-0.1.0.dist-info/licenses/LICENSE"]
+    assert faults(good) == []
+    assert "top-level names" in faults([*good, "tests/test_rules.py"])[0]
+    assert faults([name for name in good if name != "fastswa_kernels/py.typed"]) == [
+        "fastswa_kernels/py.typed is missing"
+    ]
+    assert faults([name for name in good if "LICENSE" not in name]) == ["LICENSE is missing"]

@@ -1,0 +1,111 @@
+"""Every kernel compiles for four GPU targets and keeps its promises there; and the check that says so can fail.
+
+The kernels of this process are interpreted (tests/conftest.py), so the compiler runs in another.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.machine_code import Access, accesses
+
+BAD_KERNELS = """
+import triton
+import triton.language as tl
+from benchmarks import ptx
+from benchmarks.machine_code import Access, Variant
+
+
+@triton.jit
+def unhinted_kernel(table, BLOCK: tl.constexpr):
+    target = tl.load(table).to(tl.pointer_type(tl.float32))
+    offsets = tl.arange(0, BLOCK)
+    tl.store(target + offsets, tl.load(target + offsets) + 1.0)
+
+
+@triton.jit
+def sum_kernel(table, BLOCK: tl.constexpr):
+    target = tl.load(table).to(tl.pointer_type(tl.float32))
+    tl.store(target, tl.sum(tl.load(tl.multiple_of(target, 16) + tl.arange(0, BLOCK)), 0))
+
+
+def bad():
+    arguments = {"table": "*i64"}, {"BLOCK": 1024}, 4
+    promise = Access("store", "tl.store(target", "", 16, 4096)
+    yield Variant(unhinted_kernel, "unhinted", *arguments, [promise])
+    yield Variant(unhinted_kernel, "no such line", *arguments, [Access("load", "tl.load(nothing", "", 16, 4096)])
+    yield Variant(sum_kernel, "shared", *arguments, [])
+
+
+ptx.KERNELS = (bad,)
+raise SystemExit(ptx.run(None))
+"""
+
+
+def compile_in_a_process(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+    if not more:
+        environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_keeps_its_promises_on_every_target() -> None:
+    result = compile_in_a_process("-m", "benchmarks", "ptx")
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        # 9 pairs of dtypes without float64 and three forms of the weight, 7 pairs with float64 and one.
+        assert result.stdout.count(f" {target} ") >= 9 * 3 + 7
+    assert "0 broken promises" in result.stdout
+
+
+def test_broken_promises_are_found(tmp_path: Path) -> None:
+    script = tmp_path / "bad_kernels.py"
+    script.write_text(BAD_KERNELS)
+    result = compile_in_a_process(str(script))
+    assert result.returncode == 1, result.stderr
+    broken = [line for line in result.stdout.splitlines() if line.startswith("BROKEN")]
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        here = [line for line in broken if f" {target}:" in line]
+        assert any("unhinted" in line and "[4] bytes where 16 bytes were promised" in line for line in here)
+        assert any("no such line" in line and "nothing" in line for line in here)
+        assert any("bytes of shared memory" in line for line in here)
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    result = compile_in_a_process("-m", "benchmarks", "ptx", TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+def test_accesses_are_read_from_machine_code() -> None:
+    ptx = """
+        .loc 1 38 18    // kernel.py:38:18 @[ kernel.py:56:57 @[ kernel.py:105:83 ] ]
+        @%p56 ld.global.v4.b32 { %r125, %r126, %r127, %r128 }, [ %rd100 + 0 ];
+        ld.global.L1::evict_last.v2.b64 {%rd1, %rd2}, [%rd3];
+        .loc 1 44 32    // kernel.py:44:32
+        st.global.b8 [ %rd43 + 0 ], { %rs1 };
+        ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];
+    """
+    places = (("kernel.py", 38), ("kernel.py", 56), ("kernel.py", 105))
+    assert accesses(ptx) == [("load", 16, places), ("load", 16, places), ("store", 1, (("kernel.py", 44),))]
+    amd = """
+        .loc 1 68 40 is_stmt 0    ; kernel.py:68:40 @[ kernel.py:114:68 ]
+        global_load_dwordx4 v[2:5], v8, s[8:9]
+        flat_load_dword v9, v[0:1]
+        global_store_short v[2:3], v10, off
+        buffer_store_dwordx2 v[2:3], v10, s[0:3], 0 offen
+        global_load_ubyte v10, v[4:5], off
+        s_load_dwordx2 s[2:3], s[0:1], 0x0
+    """
+    widths = [("load", 16), ("load", 4), ("store", 2), ("store", 8), ("load", 1)]
+    places = (("kernel.py", 68), ("kernel.py", 114))
+    assert accesses(amd) == [(operation, width, places) for operation, width in widths]
+
+
+def test_a_promise_is_bounded_by_what_a_thread_has() -> None:
+    assert Access("load", "tl.load(source", "", 16, 2048).allowed(128) == 16
+    # 64 lanes to a wave on AMD leave each thread four 16-bit elements of 1024.
+    assert Access("load", "tl.load(source", "", 16, 2048).allowed(256) == 8
