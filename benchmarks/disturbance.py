@@ -27,6 +27,24 @@ class Disturbance:
         return max(0.0, busy / (os.cpu_count() or 1) / (time.perf_counter() - self._start))
 
 
+def wait_until_alone(seconds: float) -> float:
+    """Sleep until a second has passed without other work, or the time is up.
+
+    Args:
+        seconds: the longest wait.
+
+    Returns:
+        How long it took.
+    """
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        others = Disturbance()
+        time.sleep(1.0)
+        if others.share() <= LIMIT:
+            break
+    return time.perf_counter() - start
+
+
 def _busy_seconds() -> float:
     try:
         first = Path("/proc/stat").read_text().splitlines()[0]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.disturbance import LIMIT, Disturbance
+from benchmarks.disturbance import LIMIT, Disturbance, wait_until_alone
 
 ROUNDS = 9
 FEWEST, MOST = 3, 100
@@ -90,7 +90,7 @@ def measure(
 ) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
-    A round that other processes disturb is repeated, until `PATIENCE` times `seconds` have been lost to such rounds.
+    A round that other processes disturb is repeated when they are done, until `PATIENCE` times `seconds` are lost.
 
     Args:
         calls: by name.
@@ -111,7 +111,7 @@ def measure(
     times = {name: Times() for name in calls}
     order = random.Random(0)
     names = list(calls)
-    disturbed, lost = 0, 0.0
+    disturbed, patience = 0, PATIENCE * seconds
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -123,8 +123,9 @@ def measure(
                 clock.block(calls[name], counts[name], turn[name])
             gc.collect()
             if others.share() > LIMIT:
-                lost += time.perf_counter() - start
-                if lost < PATIENCE * seconds:
+                patience -= time.perf_counter() - start
+                patience -= wait_until_alone(patience)
+                if patience > 0:
                     continue
                 disturbed += 1
             for name in names:

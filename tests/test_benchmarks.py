@@ -204,6 +204,7 @@ class StepClock:
 @pytest.mark.parametrize(("shares", "expected"), [([0.0], 0), ([0.5, 0.0, 0.5, 0.0], 0), ([0.5], 4)])
 def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch, shares: list[float], expected: int) -> None:
     upcoming = itertools.cycle(shares)
+    monkeypatch.setattr(measure, "wait_until_alone", lambda seconds: 0.0)
     monkeypatch.setattr(measure.Disturbance, "share", lambda self: next(upcoming))
     # Of a machine that is always disturbed the first measurements have to do.
     seconds = 1.0 if expected == 0 else 0.0
