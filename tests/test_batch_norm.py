@@ -134,7 +134,7 @@ def test_a_failed_pass_changes_nothing(case: str, wrap: Callable[[nn.Module], nn
     make, error, message = FAILURES[case]
     model = wrap(trained(Net()))
     before = state(model)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message or None):
         fastswa.update_bn(make(), model)
     assert_unchanged(model, before)
 

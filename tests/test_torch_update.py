@@ -1,0 +1,60 @@
+"""The update in plain torch, over every way to cut tensors into gatherings and pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastswa import torch_update
+from fastswa.flat import FlatBuffers
+from fastswa.torch_update import TorchUpdate
+from tests.numerics import assert_close_in_ulps, lerp_ulps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    large=st.sampled_from([0, 50, 300]),
+    average=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    source=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weight=st.sampled_from([0.0, 1e-3, 0.4, 0.8, 1.0]),
+    limits=st.sampled_from([(8, 16, 64), (30, 33, 40), (1000, 2000, 3000)]),
+)
+def test_gathering_and_converting_give_the_formula(
+    sizes: list[int],
+    large: int,
+    average: torch.dtype,
+    source: torch.dtype,
+    weight: float,
+    limits: tuple[int, int, int],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut.
+        patch.setattr(torch_update, "SMALL", limits[0])
+        patch.setattr(torch_update, "GATHER", limits[1])
+        patch.setattr(torch_update, "GATHERED", limits[2])
+        patch.setattr(torch_update, "PIECE", {"cpu": limits[2]})
+        averages = [torch.randn(size).to(average) for size in [*sizes, large]]
+        sources = [torch.randn(size).to(source) for size in [*sizes, large]]
+        counters = [torch.zeros((), dtype=torch.int64) for _ in sizes]
+        counted = [torch.tensor(index) for index, _ in enumerate(sizes)]
+        flags, flagged = [torch.zeros(3, dtype=torch.bool)] * 1, [torch.tensor([True, False, True])]
+        flat = FlatBuffers([*averages, *counters, *flags])
+        before = [tensor.clone() for tensor in averages]
+        update = TorchUpdate(averages, sources, [*counters, *flags], [*counted, *flagged], flat)
+        with torch.no_grad():
+            update.lerp_(weight)
+    assert all(map(torch.equal, [*counters, *flags], [*counted, *flagged]))
+    for result, old, new in zip(averages, before, sources, strict=True):
+        wide = torch.float64 in (average, source)
+        used = weight if wide else torch.tensor(weight).item()
+        exact = old.double() + used * (new.double() - old.double())
+        assert_close_in_ulps(result, exact, lerp_ulps(average), old, new)
+
+
+def test_a_weight_on_the_device_takes_the_reference() -> None:
+    averages, sources = [torch.zeros(4)], [torch.ones(4)]
+    TorchUpdate(averages, sources, (), (), None).lerp_(torch.tensor(0.25))
+    assert (averages[0] == 0.25).all()
