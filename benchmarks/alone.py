@@ -1,8 +1,8 @@
 """Times of updates that share their process with no other.
 
 This is not the state of a process that trains. For updates that allocate, as torch's default does for each tensor, the
-process's history decides the time: how much memory the C library keeps for the next temporary depends on what all code in
-the process has freed before. In turns with other providers torch's default on ResNet-50 was seen to take anything from
+process's history decides the time: how much memory the C library keeps for the next temporary depends on what all
+its code has freed before. In turns with other providers torch's default on ResNet-50 was seen to take anything from
 18 ms to 56 ms in one evening on one machine.
 """
 
