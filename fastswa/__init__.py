@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastswa.averaged_model import AveragedModel
-from fastswa.batch_norm import update_bn
+from fastswa.batch_norm import BNUpdateReport, update_bn
 from fastswa.rules import (
     EMA,
     SWA,
@@ -21,6 +21,7 @@ __all__ = [
     "SWA",
     "SWALR",
     "AveragedModel",
+    "BNUpdateReport",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -127,6 +128,24 @@ def lerp_lists_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: f
         from fastswa.torch_update import TorchUpdate
 
         TorchUpdate(averages, sources, (), (), None).lerp_(weight)
+
+
+def batch_norm_kernels(device: torch.device) -> ModuleType:
+    """The code that takes and merges BatchNorm statistics on a device.
+
+    Args:
+        device: where the statistics are.
+
+    Returns:
+        A module with `merge_batch_stats_` and `batch_stats`: Triton's on a GPU where it can run, else torch's.
+    """
+    if choose("auto", device) == "triton":
+        from fastswa_kernels import batch_norm
+
+        return batch_norm
+    from fastswa_kernels import reference
+
+    return reference
 
 
 def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
