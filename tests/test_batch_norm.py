@@ -1,4 +1,4 @@
-"""update_bn: torch's numbers bit for bit, no host read for each layer, and all or nothing."""
+"""update_bn as torch's is called: its numbers bit for bit, no host read for each layer, and all or nothing."""
 
 from __future__ import annotations
 
@@ -12,84 +12,90 @@ from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastswa
+from tests.batch_norm import (
+    NETWORKS,
+    Net,
+    assert_buffers_equal,
+    assert_statistics_close,
+    assert_unchanged,
+    batches,
+    breaking,
+    norms,
+    state,
+    statistics,
+    trained,
+)
 
 
-class Net(nn.Module):
-    """BatchNorm of both ranks, one without statistics, one frozen, one called twice, and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.shared = nn.BatchNorm2d(6, momentum=None)
-        self.plain = nn.BatchNorm2d(6, track_running_stats=False)
-        self.frozen = nn.BatchNorm2d(6, momentum=0.3)
-        self.frozen.eval()
-        self.instance = nn.InstanceNorm2d(6, track_running_stats=True)
-        self.drop = nn.Dropout(0.2)
-        self.head_norm = nn.BatchNorm1d(6, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.shared(self.norm(self.conv(x)).relu())
-        x = self.frozen(self.plain(self.shared(x)))
-        return self.head_norm(self.drop(self.instance(x)).mean((2, 3)))
+def both(ours: nn.Module, theirs: nn.Module, data: list[object], *arguments: object) -> fastswa.BNUpdateReport:
+    """The same pass by fastswa and by torch, with the same dropout."""
+    torch.manual_seed(1)
+    report = fastswa.update_bn(data, ours, *arguments)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    swa_utils.update_bn(data, theirs, *arguments)  # type: ignore[arg-type]
+    return report
 
 
-def batches(count: int = 5) -> list[Tensor]:
-    return [torch.randn(8, 1, 5, 5) * 3 + 2 for _ in range(count - 1)] + [torch.randn(3, 1, 5, 5)]
-
-
-def trained(net: nn.Module) -> nn.Module:
-    for _ in range(3):
-        net(torch.randn(8, 1, 5, 5))
-    return net
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    return {
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "identities": [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
-        "addresses": [tensor.data_ptr() for tensor in model.buffers()],
-        "modes": [module.training for module in model.modules()],
-        "momenta": [getattr(module, "momentum", None) for module in model.modules()],
-    }
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, object], values: bool = True) -> None:
-    now = state(model)
-    if values:
-        old = before["values"]
-        assert all(torch.equal(tensor, old[name]) for name, tensor in now["values"].items())  # type: ignore[index, union-attr]
-    for key in ("identities", "addresses", "modes", "momenta"):
-        assert now[key] == before[key], key
-
-
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: (b, "label"), lambda b: [b]], ids=["tensor", "tuple", "list"])
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_torch_numbers_bit_for_bit(wrap: Callable[[Tensor], object], device: str | None) -> None:
-    ours = trained(Net())
+def test_torch_numbers_bit_for_bit(
+    network: type[nn.Module], wrap: Callable[[Tensor], object], device: str | None
+) -> None:
+    ours = trained(network())
     theirs = deepcopy(ours)
     before = state(ours)
-    data = [wrap(batch) for batch in batches()]
-    for function, model in ((fastswa.update_bn, ours), (swa_utils.update_bn, theirs)):
-        torch.manual_seed(1)  # dropout
-        function(data, model, device)
-    assert int(ours.norm.num_batches_tracked) == 5
-    assert int(ours.shared.num_batches_tracked) == 10
-    for (name, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(tensor, other), name
+    both(ours, theirs, [wrap(batch) for batch in batches()], device)
+    assert_buffers_equal(ours, theirs)
     assert_unchanged(ours, before, values=False)
-    assert not ours.frozen.training
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-def test_other_dtypes_bit_for_bit(dtype: torch.dtype) -> None:
-    ours = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).to(dtype)
+def test_counters_and_report() -> None:
+    net = trained(Net())
+    report = fastswa.update_bn(batches(), net)
+    assert (report.batches, report.samples, report.never_called) == (5, 35, ())
+    assert report.layers == ("norm", "shared", "frozen", "head_norm")
+    assert report.worst_standard_error is None
+    assert report.seconds > 0
+    assert int(net.norm.num_batches_tracked) == 5
+    assert int(net.shared.num_batches_tracked) == 10
+    assert not net.frozen.training
+
+
+def test_sync_batch_norm_without_processes() -> None:
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(trained(Net()))
     theirs = deepcopy(ours)
-    data = [torch.randn(8, 4, dtype=dtype) for _ in range(4)]
-    fastswa.update_bn(data, ours)
+    both(ours, theirs, batches())
+    assert isinstance(ours.norm, nn.SyncBatchNorm)
+    assert_buffers_equal(ours, theirs)
+
+
+def test_float64_bit_for_bit() -> None:
+    ours = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    theirs = deepcopy(ours)
+    both(ours, theirs, [torch.randn(8, 4, dtype=torch.float64) for _ in range(4)])
+    assert_buffers_equal(ours, theirs)
+
+
+def test_half_precision_statistics_do_not_stall() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3)).bfloat16()
+    data = [(torch.randn(16, 3) + number / 300).bfloat16() for number in range(1200)]
+    forced, theirs = deepcopy(model), deepcopy(model)
+    exact = [
+        (
+            torch.stack([batch.double().mean(0) for batch in data]).mean(0),
+            torch.stack([batch.double().var(0) for batch in data]).mean(0),
+        )
+    ]
+    fastswa.update_bn(data, model)
+    # Half an ulp of bfloat16 at the store (2^-9 of a mean of two standard deviations); the batches' own rounding
+    # averages out.
+    assert_statistics_close(model, exact, 2**-7)
     swa_utils.update_bn(data, theirs)
-    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    with pytest.raises(AssertionError):
+        assert_statistics_close(theirs, exact, 0.1)
+    fastswa.update_bn(data, forced, engine="eager")
+    assert_buffers_equal(forced, theirs)
 
 
 def test_an_averaged_model_and_a_generator() -> None:
@@ -107,84 +113,66 @@ def test_an_averaged_model_and_a_generator() -> None:
     assert torch.equal(ours.module.norm.running_mean, model.norm.running_mean)
 
 
-def test_a_model_without_batch_norm_reads_no_data() -> None:
-    fastswa.update_bn(iter_that_raises(ValueError("read")), nn.Linear(2, 2))
-
-
-def iter_that_raises(error: BaseException, after: int = 0) -> Iterator[Tensor]:
-    yield from batches(after + 1)[:after]
-    raise error
-
-
-FAILURES = {
-    "empty": (list, ValueError, "gave no batches"),
-    "exhausted": (lambda: iter(()), ValueError, "gave no batches"),
-    "raising": (lambda: iter_that_raises(OSError("disk"), after=2), OSError, "disk"),
-    "interrupted": (lambda: iter_that_raises(KeyboardInterrupt(), after=2), KeyboardInterrupt, ""),
-    "nan": (lambda: [*batches(2), torch.full((4, 1, 5, 5), float("nan"))], ValueError, r"norm, .*not finite"),
-    "infinite": (lambda: [torch.full((4, 1, 5, 5), float("inf"))], ValueError, "not finite"),
-    "wrong shape": (lambda: [*batches(2), torch.zeros(3, 7)], RuntimeError, ""),
-    "a dict": (lambda: [*batches(2), {"x": torch.zeros(3, 1, 5, 5)}], TypeError, ""),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES)
-@pytest.mark.parametrize("wrap", [lambda m: m, fastswa.AveragedModel], ids=["model", "average"])
-def test_a_failed_pass_changes_nothing(case: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    make, error, message = FAILURES[case]
-    model = wrap(trained(Net()))
-    before = state(model)
-    with pytest.raises(error, match=message or None):
-        fastswa.update_bn(make(), model)
-    assert_unchanged(model, before)
-
-
-def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
-    model = trained(Net())
-    model.unused = nn.BatchNorm1d(4)
-    model.unused.running_mean.fill_(3)
-    with pytest.warns(UserWarning, match="no batch reached unused; their statistics are kept"):
-        fastswa.update_bn(batches(), model)
-    assert (model.unused.running_mean == 3).all()
-
-
-def test_a_layer_that_the_model_keeps_frozen_goes_on_with_its_own_statistics() -> None:
-    class Frozen(nn.Sequential):
-        def train(self, mode: bool = True) -> nn.Module:
-            super().train(mode)
-            self[0].eval()
-            return self
-
-    model = Frozen(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).train()
-    model[0].running_mean.fill_(5)
-    model[0].running_var.fill_(9)
-    data = [torch.randn(20, 3) for _ in range(4)]
-    fastswa.update_bn(data, model)
-    assert (model[0].running_mean == 5).all()
-    seen = [(batch - 5) / (9 + model[0].eps) ** 0.5 for batch in data]
-    expected = torch.stack([batch.mean(0) for batch in seen]).mean(0)
-    # Four float32 means of values near -5/3.
-    assert torch.allclose(model[1].running_mean, expected, rtol=0, atol=1e-5)
-
-
 def test_layers_that_share_their_buffers() -> None:
     ours = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(ours[2], name, getattr(ours[0], name))
     theirs = deepcopy(ours)
+    merged = deepcopy(ours)
     data = [torch.randn(8, 3) for _ in range(3)]
-    fastswa.update_bn(data, ours)
-    swa_utils.update_bn(data, theirs)
+    both(ours, theirs, data)
     assert int(ours[0].num_batches_tracked) == 6
-    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    assert_buffers_equal(ours, theirs)
+    fastswa.update_bn(data, merged, engine="merge")
+    # A few float32 roundings in torch's own cumulative average.
+    assert_statistics_close(merged, statistics(theirs), 1e-6)
+    assert int(merged[0].num_batches_tracked) == 6
 
 
-def test_the_default_device_is_not_asked() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    data = [torch.randn(8, 4)]
-    with torch.device("meta"):
-        fastswa.update_bn(data, model)
-    assert int(model[1].num_batches_tracked) == 1
+FAILURES = {
+    "empty": (list, ValueError, "gave no batches"),
+    "exhausted": (lambda: iter(()), ValueError, "gave no batches"),
+    "raising": (lambda: breaking(OSError("disk"), after=2), OSError, "disk"),
+    "interrupted": (lambda: breaking(KeyboardInterrupt(), after=2), KeyboardInterrupt, ""),
+    "nan": (lambda: [*batches(2), torch.full((4, 1, 5, 5), float("nan"))], ValueError, r"norm, .*not finite"),
+    "infinite": (lambda: [torch.full((4, 1, 5, 5), float("inf"))], ValueError, "not finite"),
+    "wrong shape": (lambda: [*batches(2), torch.zeros(3, 7)], RuntimeError, ""),
+    "one sample": (lambda: [*batches(2), torch.zeros(1, 1, 5, 5)], ValueError, "more than 1 value per channel"),
+    "another argument": (lambda: [*batches(2), {"image": torch.zeros(3, 1, 5, 5)}], TypeError, "image"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("engine", ["eager", "merge"])
+@pytest.mark.parametrize("wrap", [lambda m: m, fastswa.AveragedModel], ids=["model", "average"])
+def test_a_failed_pass_changes_nothing(case: str, engine: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    make, error, message = FAILURES[case]
+    model = wrap(trained(Net()))
+    before = state(model)
+    with pytest.raises(error, match=message or None):
+        fastswa.update_bn(make(), model, engine=engine)
+    assert_unchanged(model, before)
+
+
+# In evaluation mode a batch of one sample is no failure.
+@pytest.mark.parametrize("case", [case for case in FAILURES if case != "one sample"])
+def test_a_failed_sweep_changes_nothing(case: str) -> None:
+    class SecondTime:
+        """The first pass goes well; a sweep sees the failure."""
+
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self) -> Iterator[object]:
+            self.passes += 1
+            return iter(batches()) if self.passes < 3 else iter(make())
+
+    make, error, message = FAILURES[case]
+    model = trained(Net())
+    before = state(model)
+    with pytest.raises(error, match=message or None):
+        fastswa.update_bn(SecondTime(), model, sweeps=2)
+    assert_unchanged(model, before)
 
 
 def test_buffers_that_a_failed_pass_replaced_are_put_back() -> None:
@@ -201,62 +189,98 @@ def test_buffers_that_a_failed_pass_replaced_are_put_back() -> None:
     model = Counting()
     before = state(model)
     with pytest.raises(OSError, match="disk"):
-        fastswa.update_bn((batch[:, 0, :, 0][:, :3] for batch in iter_that_raises(OSError("disk"), after=2)), model)
+        fastswa.update_bn((batch[:, 0, :, 0][:, :3] for batch in breaking(OSError("disk"), after=2)), model)
     assert_unchanged(model, before)
 
 
-def test_layers_without_values_and_scripted_models() -> None:
-    with pytest.raises(ValueError, match=r"1\.running_mean holds no values"):
-        fastswa.update_bn(batches(), nn.Sequential(nn.Conv2d(1, 2, 3), nn.LazyBatchNorm2d()))
-    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
-    with pytest.raises(TypeError, match=r"torch\.jit\.script"):
-        fastswa.update_bn([torch.randn(4, 4)], scripted)
+def test_the_default_device_is_not_asked() -> None:
+    data = [torch.randn(8, 4)]
+    for engine in ("eager", "merge"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        with torch.device("meta"):
+            fastswa.update_bn(data, model, engine=engine)
+        assert int(model[1].num_batches_tracked) == 1
 
 
 class _Reads(TorchDispatchMode):
+    """Counts host reads, but not those of the eager engine's own counters, which are on the CPU by construction."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.of_device_counters = 0
+        self.all = 0
+        self.of_device_tensors = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # A counter that lives with the model would be on the GPU there; the pass's own are on the CPU by construction,
-        # so what matters is that the model's are neither read nor written batch by batch.
-        if any(isinstance(argument, Tensor) and id(argument) in self.watched for argument in args):
-            self.of_device_counters += 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.all += 1
+            # A counter that lives with the model, or that is made where the model is, has torch's dtype; the engine's
+            # has float64 and is made with device="cpu".
+            self.of_device_tensors += args[0].dtype != torch.float64
         return func(*args, **(kwargs or {}))
 
 
-def test_the_models_counters_are_touched_once_for_a_pass_not_for_a_batch() -> None:
+def host_reads(update: Callable[..., object], count: int, **options: object) -> _Reads:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(10)))
-    counters = [module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
     with _Reads() as reads:
-        reads.watched = {id(counter) for counter in counters}
-        fastswa.update_bn([torch.randn(8, 4) for _ in range(20)], model)
-    assert reads.of_device_counters <= 2 * len(counters)
-    assert all(int(counter) == 20 for counter in counters)
+        update([torch.randn(8, 4) for _ in range(count)], model, **options)
+    assert all(int(layer.num_batches_tracked) == count for layer in norms(model))
+    return reads
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "weighted"}, {"engine": "merge"}, {"estimator": "population"}])
+def test_the_host_reads_no_more_from_the_device_for_more_batches(options: dict[str, object]) -> None:
+    few, many = (host_reads(fastswa.update_bn, count, **options) for count in (2, 22))
+    assert few.of_device_tensors == many.of_device_tensors
+    if options.get("engine") == "merge" or options.get("estimator") == "population":
+        assert few.all == many.all
+    theirs = [host_reads(swa_utils.update_bn, count).of_device_tensors for count in (2, 22)]
+    # Torch's: one for each layer and batch.
+    assert theirs[1] - theirs[0] == 10 * 20
 
 
 @pytest.mark.gpu
-def test_no_layer_waits_for_the_device() -> None:
+@pytest.mark.parametrize("options", [{}, {"estimator": "weighted"}, {"engine": "merge"}, {"rtol": 1e-9}])
+def test_no_batch_waits_for_the_device(options: dict[str, object]) -> None:
     class Watching:
         def __iter__(self) -> Iterator[Tensor]:
-            for _ in range(5):
-                yield torch.randn(8, 1, 5, 5, device="cuda")
-                torch.cuda.set_sync_debug_mode("error")
+            for number in range(20):
+                if number == 1:
+                    torch.cuda.set_sync_debug_mode("error")
+                yield data[number]
             torch.cuda.set_sync_debug_mode("default")
 
     model = trained(Net()).cuda()
-    fastswa.update_bn(Watching(), model)
+    data = [torch.randn(8, 1, 5, 5, device="cuda") for _ in range(20)]
+    try:
+        fastswa.update_bn(Watching(), model, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-def test_a_gpu_pass_equals_torch() -> None:
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_gpu_pass_equals_torch(prefetch: bool) -> None:
     ours = trained(Net()).cuda()
+    theirs = deepcopy(ours)
+    data = batches()
+    torch.manual_seed(1)
+    fastswa.update_bn(data, ours, "cuda", prefetch=prefetch)
+    torch.manual_seed(1)
+    swa_utils.update_bn(data, theirs, "cuda")
+    # The same kernels with the same factor.
+    assert_buffers_equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gpu_pass_under_autocast(channels_last: bool) -> None:
+    ours = trained(Net()).cuda()
+    if channels_last:
+        ours = ours.to(memory_format=torch.channels_last)
     theirs = deepcopy(ours)
     data = [batch.cuda() for batch in batches()]
     for function, model in ((fastswa.update_bn, ours), (swa_utils.update_bn, theirs)):
         torch.manual_seed(1)
-        function(data, model)
-    for (name, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        # The same kernels with the same factor.
-        assert torch.equal(tensor, other), name
+        with torch.autocast("cuda", torch.bfloat16):
+            function(data, model)
+    assert_buffers_equal(ours, theirs)
