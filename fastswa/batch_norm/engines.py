@@ -197,7 +197,12 @@ class MergeEngine:
         self._first = True
         self._stack = ExitStack()
         self.buffers = [
-            {"running_mean": mean, "running_var": var, "num_batches_tracked": counter}
+            {
+                "running_mean": mean,
+                "running_var": var,
+                # Where hooks count, a counter on the CPU spares each layer a launch.
+                "num_batches_tracked": counter if self._in_graph else torch.zeros_like(counter, device="cpu"),
+            }
             for (mean, var), counter in zip(self.moments.batch_statistics, self.moments.counters, strict=True)
         ]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fastswa.pairing import canonical
@@ -99,27 +99,46 @@ def find(model: nn.Module, wanted: Callable[[str, nn.Module], bool] | None) -> t
     return list(layers.values()), excluded
 
 
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its mode back at the end, and keep DistributedDataParallel from sending buffers around.
+def data_parallel_device(model: nn.Module) -> torch.device | None:
+    """Where a DataParallel wrapper keeps its model, and would bring the batches itself.
 
-    Each process has its own number of batches, so no forward pass may wait for another process.
+    Args:
+        model: to look through.
+
+    Returns:
+        The device, or None without such a wrapper.
+    """
+    wrappers = (part for part in model.modules() if isinstance(part, DataParallel) and part.device_ids)
+    return next((wrapper.src_device_obj for wrapper in wrappers), None)
+
+
+@contextmanager
+def in_one_place(model: nn.Module) -> Iterator[None]:
+    """Keep wrappers from spreading buffers over devices or processes, and give every module its mode back at the end.
+
+    DistributedDataParallel would send buffers before a batch, but each process has its own number of batches;
+    DataParallel would copy the layers, and so lose what the copies collect.
 
     Args:
         model: whose modes may change meanwhile.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    sending = [wrapper.require_forward_param_sync for wrapper in wrappers]
+    modes = [(part, part.training) for part in model.modules()]
+    settings: list[tuple[nn.Module, str, object]] = []
+    for part in model.modules():
+        if isinstance(part, DistributedDataParallel):
+            settings.append((part, "require_forward_param_sync", False))
+        elif isinstance(part, DataParallel):
+            settings.append((part, "device_ids", []))
+    before = [(part, name, getattr(part, name)) for part, name, _ in settings]
     try:
-        for wrapper in wrappers:
-            wrapper.require_forward_param_sync = False
+        for part, name, value in settings:
+            setattr(part, name, value)
         yield
     finally:
-        for wrapper, before in zip(wrappers, sending, strict=True):
-            wrapper.require_forward_param_sync = before
-        for module, mode in modes:
-            module.training = mode
+        for part, name, value in before:
+            setattr(part, name, value)
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from fastswa.batch_norm.layers import (
     Layer,
     Statistics,
     commit,
+    data_parallel_device,
     find,
+    in_one_place,
     lent,
-    modes_kept,
     not_finite,
     refuse_not_finite,
     restored_on_failure,
@@ -63,7 +64,8 @@ def update_bn(
     Layers with half-precision statistics differ from torch's on purpose: the cumulative average stalls there, so the
     batches' statistics are merged in float64. Those of a compiled model are too, because torch's way would not run its
     graph. As in torch the model runs in training mode, so dropout is active, and modules that update buffers of their
-    own while training do so. Buffers that DistributedDataParallel would send around before a batch stay where they are.
+    own while training do so. A model in DistributedDataParallel or DataParallel runs without sending its
+    buffers to other processes or devices; SyncBatchNorm goes on asking the other processes at each batch.
 
     Args:
         loader: an iterable of batches. The model gets a batch that is a tensor; the first element of a list or tuple;
@@ -125,11 +127,11 @@ def update_bn(
     needs_moments = "rtol" if rtol is not None else "process_group" if process_group is not None else None
     chosen = choose(engine, estimator, needs_moments, is_compiled, found)
     bar = progress and (process_group is None or distributed.get_rank(process_group) == 0)
-    place = None if device is None else torch.device(device)
+    place = data_parallel_device(model) if device is None else torch.device(device)
     batches = Batches(loader, place, forward, max_batches, on_singleton == "skip", prefetch, bar)
 
     with restored_on_failure(model, found):
-        with modes_kept(model):
+        with in_one_place(model):
             model.train()
             for module in excluded:
                 module.eval()
