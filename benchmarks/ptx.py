@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for four GPU targets, without a GPU, and checks what the machine code promises.
 
-A promise: 128-bit loads and stores where both addresses are aligned, no spill, no local memory, no shared memory.
+A promise: 128-bit loads and stores where the addresses allow, no spill, no local memory, no shared memory but what the
+lanes of a program need to add up their sums.
 To add a kernel, write a function that yields its variants and list it in `KERNELS`.
 """
 
@@ -12,9 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import torch
 import triton
 
 from benchmarks.machine_code import TARGETS, Access, Report, Variant, check, fresh_compiler
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def lerp() -> Iterator[Variant]:
@@ -49,7 +53,70 @@ def lerp() -> Iterator[Variant]:
             )
 
 
-KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (lerp,)
+def merge_batch_stats() -> Iterator[Variant]:
+    """`merge_batch_stats_kernel` for each dtype of a batch's statistics."""
+    from fastswa_kernels.batch_norm_kernel import MERGE_BLOCK, NUM_WARPS, merge_batch_stats_kernel
+
+    tensors = dict.fromkeys(("moments", "weights", "counts"), "*fp64")
+    tensors |= dict.fromkeys(("layer_of_channel", "nonfinite"), "*i32")
+    for dtype in _DTYPES:
+        statistics = dict.fromkeys(("batch_mean", "batch_var"), f"*{dtype}")
+        yield Variant(
+            merge_batch_stats_kernel,
+            f"batch {dtype}",
+            {**tensors, **statistics, "channels": "i32"},
+            {"BLOCK": MERGE_BLOCK},
+            NUM_WARPS,
+            [],
+            aligned=(*tensors, *statistics),
+        )
+
+
+def batch_stats() -> Iterator[Variant]:
+    """The kernels that read the input of `batch_stats`, for each dtype and each width of access that they may have."""
+    from fastswa_kernels import batch_norm_kernel as kernels
+
+    planes = kernels.plane_stats_kernel, ("channels", "plane_groups", "program_groups"), "groups"
+    rows = kernels.row_stats_kernel, ("columns", "program_rows"), "rows"
+    for (kernel, sizes, length), (name, dtype) in itertools.product((planes, rows), _DTYPES.items()):
+        partials = "fp64" if name == "fp64" else "fp32"
+        tile, row_tile = kernels.tile_size(dtype), kernels.row_tile(dtype)
+        columns = row_tile["COLUMNS"] if length == "rows" else 1
+        # From the widest access to a single element; then the widest again, for more than 2^31 values of a channel.
+        widest = 16 // dtype.itemsize
+        for vector, integer in [(widest >> step, "i32") for step in range(widest.bit_length())] + [(widest, "i64")]:
+            signature = {"x": f"*{name}", "partials": f"*{partials}", length: integer} | dict.fromkeys(sizes, "i32")
+            yield Variant(
+                kernel,
+                f"{name} by {vector}, {integer} values",
+                signature,
+                {"VECTOR": vector} | (row_tile if length == "rows" else {"BLOCK": tile // vector}),
+                kernels.NUM_WARPS,
+                [Access("load", "tl.load(x + ", "", vector * dtype.itemsize, tile * dtype.itemsize)],
+                aligned=("x", "partials"),
+                # Each warp's sum for each channel.
+                shared=kernels.NUM_WARPS * columns * _DTYPES[partials].itemsize,
+            )
+
+
+def merge_partials() -> Iterator[Variant]:
+    """`merge_partials_kernel`, the second launch of `batch_stats`, for both dtypes of partial sums."""
+    from fastswa_kernels.batch_norm_kernel import PARTIALS, PARTIALS_NUM_WARPS, merge_partials_kernel
+
+    for dtype, count in itertools.product(("fp32", "fp64"), ("i32", "i64")):
+        yield Variant(
+            merge_partials_kernel,
+            f"{dtype}, {count} values",
+            {"partials": f"*{dtype}", "mean": "*fp64", "m2": "*fp64", "rows": "i32", "channels": "i32", "count": count},
+            dict(PARTIALS),
+            PARTIALS_NUM_WARPS,
+            [],
+            aligned=("partials", "mean", "m2"),
+            shared=PARTIALS_NUM_WARPS * PARTIALS["CHANNELS"] * 8,
+        )
+
+
+KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (lerp, merge_batch_stats, batch_stats, merge_partials)
 
 
 def compile_all() -> Iterator[Report]:

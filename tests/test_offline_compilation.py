@@ -38,6 +38,8 @@ def bad():
     yield Variant(unhinted_kernel, "unhinted", *arguments, [promise])
     yield Variant(unhinted_kernel, "no such line", *arguments, [Access("load", "tl.load(nothing", "", 16, 4096)])
     yield Variant(sum_kernel, "shared", *arguments, [])
+    yield Variant(sum_kernel, "a little shared", *arguments, [], shared=8)
+    yield Variant(sum_kernel, "allowed to share", *arguments, [], shared=16)
 
 
 ptx.KERNELS = (bad,)
@@ -56,8 +58,9 @@ def test_every_kernel_keeps_its_promises_on_every_target() -> None:
     result = compile_in_a_process("-m", "benchmarks", "ptx")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        # 9 pairs of dtypes without float64 and three forms of the weight, 7 pairs with float64 and one.
-        assert result.stdout.count(f" {target} ") >= 9 * 3 + 7
+        # 9 pairs of dtypes without float64 and three forms of the weight, 7 pairs with float64 and one; 4 dtypes of
+        # batch statistics; 2 layouts, each with 3 + 4 + 4 + 2 widths of 4 dtypes and 4 with more values; 4 merges.
+        assert result.stdout.count(f" {target} ") >= 9 * 3 + 7 + 4 + 2 * (13 + 4) + 4
     assert "0 broken promises" in result.stdout
 
 
@@ -71,7 +74,9 @@ def test_broken_promises_are_found(tmp_path: Path) -> None:
         here = [line for line in broken if f" {target}:" in line]
         assert any("unhinted" in line and "[4] bytes where 16 bytes were promised" in line for line in here)
         assert any("no such line" in line and "nothing" in line for line in here)
-        assert any("bytes of shared memory" in line for line in here)
+        assert any(" shared," in line and "16 bytes of shared memory where 0 are allowed" in line for line in here)
+        assert any("a little shared" in line and "16 bytes" in line and "8 are allowed" in line for line in here)
+        assert not any("allowed to share" in line for line in here)
 
 
 def test_interpreted_kernels_are_refused() -> None:

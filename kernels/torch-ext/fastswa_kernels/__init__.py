@@ -6,6 +6,7 @@ imported when a kernel is first asked for. `fastswa_kernels.reference` states in
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import reference
@@ -13,13 +14,27 @@ from .table import LaunchConfig, refusal
 
 if TYPE_CHECKING:
     from .average import LerpTable, lerp_
+    from .batch_norm import batch_stats, merge_batch_stats_
 
-__all__ = ["LaunchConfig", "LerpTable", "lerp_", "reference", "refusal"]
+__all__ = [
+    "LaunchConfig",
+    "LerpTable",
+    "batch_stats",
+    "lerp_",
+    "merge_batch_stats_",
+    "reference",
+    "refusal",
+]
+
+_MODULE_OF = {
+    "LerpTable": ".average",
+    "lerp_": ".average",
+    "batch_stats": ".batch_norm",
+    "merge_batch_stats_": ".batch_norm",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LerpTable", "lerp_"):
-        from . import average
-
-        return getattr(average, name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,7 +78,8 @@ def merge_batch_stats_(
     :math:`w = n` the variance of all values together is :math:`(within + S_\mu) / W`.
 
     Args:
-        moments: float64, 6 x channels, written; rows `W`, `mu`, `S_mu`, `v`, `S_v`, `within`, zero before the first batch.
+        moments: float64, 6 x channels, written; rows `W`, `mu`, `S_mu`, `v`, `S_v`, `within`, zero before the first
+            batch.
         batch_mean: the batch's mean of each channel, `m`; any floating dtype.
         batch_var: the batch's unbiased variance of each channel, `v`; any floating dtype.
         weights: float64, one for each layer, `w`; 0 leaves a layer out, whatever its statistics hold.
