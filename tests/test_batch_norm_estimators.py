@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastswa
+import fastswa_kernels.batch_norm
+from fastswa import backends
 from tests.batch_norm import NETWORKS, Net, Residual, assert_statistics_close, batches, norms, statistics, trained
 
 
@@ -252,3 +255,30 @@ def test_float64_merging_does_not_drift() -> None:
     assert_statistics_close(merged, expected, 3e-7)
     with pytest.raises(AssertionError):
         assert_statistics_close(recursive, expected, 3e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{"engine": "merge"}, {"estimator": "population"}, {"sweeps": 2}, {"rtol": 0.5, "min_batches": 2}]
+)
+def test_the_triton_kernels_give_what_torch_gives(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches()
+    model = trained(Residual())
+    expected = deepcopy(model)
+    by_torch = fastswa.update_bn(data, expected, **options)
+    used = []
+
+    def kernels(device: torch.device) -> ModuleType:
+        used.append(device)
+        return fastswa_kernels.batch_norm
+
+    # In the interpreter, as a GPU would run them.
+    monkeypatch.setattr(backends, "batch_norm_kernels", kernels)
+    by_triton = fastswa.update_bn(data, model, **options)
+    assert used
+    # float64 merges; a sweep takes statistics in float32, right to 1e-6.
+    assert_statistics_close(model, statistics(expected), 2e-6)
+    assert by_triton.batches == by_torch.batches
+    if by_torch.worst_standard_error is None:
+        assert by_triton.worst_standard_error is None
+    else:
+        assert by_triton.worst_standard_error == pytest.approx(by_torch.worst_standard_error, rel=1e-9)
