@@ -203,20 +203,28 @@ def test_the_default_device_is_not_asked() -> None:
 
 
 class _Reads(TorchDispatchMode):
-    """Counts host reads, but not those of the eager engine's own counters, which are on the CPU by construction."""
+    """Counts host reads, and which of them would wait for a GPU if the model were there.
+
+    A tensor that was made for the CPU by name would be there all the same; any other lives with the model.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.all = 0
         self.of_device_tensors = 0
+        self._kept: list[Tensor] = []
+        self._on_cpu: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.all += 1
-            # A counter that lives with the model, or that is made where the model is, has torch's dtype; the engine's
-            # has float64 and is made with device="cpu".
-            self.of_device_tensors += args[0].dtype != torch.float64
-        return func(*args, **(kwargs or {}))
+            self.of_device_tensors += args[0].untyped_storage().data_ptr() not in self._on_cpu
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.zeros.default and (kwargs or {}).get("device") == torch.device("cpu"):
+            # Kept, so that no other tensor gets its address.
+            self._kept.append(result)
+            self._on_cpu.add(result.untyped_storage().data_ptr())
+        return result
 
 
 def host_reads(update: Callable[..., object], count: int, **options: object) -> _Reads:

@@ -240,10 +240,9 @@ if __name__ == "__main__":
     before = state(model)
     try:
         fastswa.update_bn(DataLoader(Dying(), batch_size=8, num_workers=1), model)
-    except RuntimeError as error:
-        # Torch's handler may raise a second time.
+    except (RuntimeError, OSError, EOFError):
+        # Which of them depends on what the main process was reading; torch's handler may raise a second time.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        assert "DataLoader worker" in str(error), error
         assert_unchanged(model, before)
         print("as before")
 """

@@ -58,7 +58,7 @@ def samples(batch: Any) -> int | None:
         8
     """
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else None
+        return batch.shape[0] if batch.dim() else None
     parts: Iterable[Any] = ()
     if isinstance(batch, Mapping):
         parts = batch.values()

@@ -196,17 +196,16 @@ def refuse_not_finite(layers: Sequence[Layer], statistics: Sequence[Statistics])
     Raises:
         ValueError: names the layers.
     """
-    kinds: dict[torch.device, list[Tensor]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = {}
     for layer, (mean, var, calls) in zip(layers, statistics, strict=True):
         if calls:
-            good = mean.to(layer.mean.dtype).isfinite().all() & var.to(layer.var.dtype).isfinite().all()
-            kinds.setdefault(good.device, []).append(good)
-    if all(bool(torch.stack(good).all()) for good in kinds.values()):
+            kinds.setdefault((mean.device, mean.dtype, layer.mean.dtype), []).extend((mean, var))
+    if all(torch.cat(tensors).to(dtype).isfinite().all() for (_, _, dtype), tensors in kinds.items()):
         return
     raise not_finite(
         layer.name
         for layer, (mean, var, calls) in zip(layers, statistics, strict=True)
-        if calls and not all(part.to(layer.mean.dtype).isfinite().all() for part in (mean, var))
+        if calls and not torch.cat((mean, var)).to(layer.mean.dtype).isfinite().all()
     )
 
 
@@ -231,18 +230,22 @@ def commit(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> tuple[t
     Returns:
         The names of the layers that were written, and of those that were not.
     """
-    written: list[str] = []
-    never_called: list[str] = []
+    written = tuple(layer.name for layer, (_, _, calls) in zip(layers, statistics, strict=True) if calls)
+    never_called = tuple(layer.name for layer, (_, _, calls) in zip(layers, statistics, strict=True) if not calls)
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
     for layer, (mean, var, calls) in zip(layers, statistics, strict=True):
-        (written if calls else never_called).append(layer.name)
-        if not calls:
-            continue
-        for own in layer.own:
-            for target, value in ((own["running_mean"], mean), (own["running_var"], var)):
+        for own in layer.own if calls else ():
+            for key, value in (("running_mean", mean), ("running_var", var)):
+                target = own[key]
                 if target is not None:
-                    target.copy_(value)
-            if own["num_batches_tracked"] is not None:
-                own["num_batches_tracked"].fill_(calls)
+                    targets.append(target)
+                    values.append(value)
+            counter = own["num_batches_tracked"]
+            if counter is not None:
+                counter.fill_(calls)
+    if targets:
+        torch._foreach_copy_(targets, values)
     if never_called:
         warnings.warn(f"no batch reached {', '.join(never_called)}; their statistics are kept", stacklevel=4)
-    return tuple(written), tuple(never_called)
+    return written, never_called

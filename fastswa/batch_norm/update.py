@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -206,8 +205,11 @@ def _collect(
     with telling_others(group, engine.moments, len(layers)):
         with lent(layers, engine.buffers, engine.momentum), engine.running():
             for forward, count in batches.through(model, title):
-                with _explained():
+                try:
                     engine.batch(forward, count)
+                except (TypeError, ValueError) as error:
+                    _explain(error)
+                    raise
                 run += 1
                 samples += count or 0
                 if confidence is not None and confidence.enough(run):
@@ -222,18 +224,12 @@ def _collect(
     return seen
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
+def _explain(error: TypeError | ValueError) -> None:
     """Say what to do about the errors that a model raises most."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" in str(error):
-            error.add_note("update_bn: a batch of one sample; make the loader drop it, or pass on_singleton='skip'")
-        raise
-    except TypeError as error:
+    if isinstance(error, TypeError):
         error.add_note("update_bn: if the model takes other arguments, pass forward=lambda model, batch: model(...)")
-        raise
+    elif "more than 1 value per channel" in str(error):
+        error.add_note("update_bn: a batch of one sample; make the loader drop it, or pass on_singleton='skip'")
 
 
 def _replaced(old: Sequence[Statistics], new: Sequence[Statistics]) -> list[Statistics]:

@@ -107,18 +107,16 @@ def merge_batch_stats_(
     check_merge(moments, batch_mean, batch_var, weights, counts, layer_of_channel, nonfinite)
     weight, count = weights[layer_of_channel], counts[layer_of_channel]
     reached = weight > 0
+    means, squares = moments[1:5:2], moments[2:5:2]
     # A layer that is left out may hold anything.
-    mean = torch.where(reached, batch_mean.double(), moments[1])
-    var = torch.where(reached, batch_var.double(), moments[3])
-    bad = ~(mean.isfinite() & var.isfinite()) & reached
+    batch = torch.where(reached, torch.stack([batch_mean, batch_var]).double(), means)
+    bad = reached & ~batch.isfinite().all(0)
     nonfinite.scatter_reduce_(0, layer_of_channel.long(), bad.int(), "amax")
     moments[0] += weight
-    factor = torch.where(reached, weight / moments[0], 0)
-    for row, value in ((1, mean), (3, var)):
-        difference = value - moments[row]
-        moments[row] += factor * difference
-        moments[row + 1] += weight * difference * (value - moments[row])
-    moments[5] += torch.where(reached, (count - 1) * var, 0)
+    difference = batch - means
+    means += torch.where(reached, weight / moments[0], 0) * difference
+    squares += weight * difference * (batch - means)
+    moments[5] += torch.where(reached, (count - 1) * batch[1], 0)
 
 
 @torch.no_grad()
