@@ -50,10 +50,12 @@ check: $(VENV)/test $(VENV)/check
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks update
+	$(BIN)/python -m benchmarks update_bn
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m pytest -m gpu -q
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update --device cuda
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update_bn --device cuda
 
 clean:
 	rm -rf $(VENV) dist

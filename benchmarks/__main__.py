@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": "train on scikit-learn's digits: SGD, SWA and EMA side by side",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
+    "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",
 }

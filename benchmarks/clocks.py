@@ -22,6 +22,28 @@ class CPUClock:
         times.runs.append(runs)
 
 
+class PassClock:
+    """Time on the host until a call's work is done, the wait for a GPU included: for calls too long to be repeated.
+
+    Args:
+        device: on which the calls run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def block(self, call: Call, count: int, times: Times) -> None:
+        """Run a call `count` times, with no uncounted one before: within a call its first batch warms up the others."""
+        runs = []
+        for _ in range(count):
+            self._wait()
+            start = time.perf_counter_ns()
+            call()
+            self._wait()
+            runs.append((time.perf_counter_ns() - start) / 1e3)
+        times.runs.append(runs)
+
+
 class CUDAClock:
     """Time on the device between two events, the host's time for a call, and the time of calls in a row.
 

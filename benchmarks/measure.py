@@ -86,7 +86,7 @@ class Clock(Protocol):
 
 
 def measure(
-    calls: Mapping[str, Call], clock: Clock, seconds: float, rounds: int = ROUNDS
+    calls: Mapping[str, Call], clock: Clock, seconds: float, rounds: int = ROUNDS, runs: int | None = None
 ) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
@@ -97,17 +97,12 @@ def measure(
         clock: of the device on which they run.
         seconds: to spend on all of them; slow calls take longer, since each runs at least `FEWEST` times a round.
         rounds: how many turns each call gets.
+        runs: counted ones in each block; left out, as many as fit into the time, which costs a trial of each call.
 
     Returns:
         Times by name, and how many of the rounds were disturbed all the same.
     """
-    counts = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        clock.block(call, FEWEST, Times())
-        # What a counted run costs, the clock's own pauses included.
-        each = (time.perf_counter() - start) / FEWEST
-        counts[name] = min(MOST, max(FEWEST, int(seconds / rounds / len(calls) / each)))
+    counts = dict.fromkeys(calls, runs) if runs else _counts(calls, clock, seconds / rounds / max(1, len(calls)))
     times = {name: Times() for name in calls}
     order = random.Random(0)
     names = list(calls)
@@ -134,3 +129,15 @@ def measure(
         if collecting:
             gc.enable()
     return times, disturbed
+
+
+def _counts(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[str, int]:
+    """How many runs of each call fit into the time of its block."""
+    counts = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        clock.block(call, FEWEST, Times())
+        # What a counted run costs, the clock's own pauses included.
+        each = (time.perf_counter() - start) / FEWEST
+        counts[name] = min(MOST, max(FEWEST, int(seconds / each)))
+    return counts

@@ -26,8 +26,8 @@ HEADINGS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement; empty where a device has no such quantity or where nothing was timed.
+class Environment:
+    """Where and with what something was measured: the first columns of every file.
 
     Args:
         timestamp: of the case's start, UTC.
@@ -36,6 +36,24 @@ class Row:
         threads: that torch uses.
         command: that made the file.
         fastswa, torch, triton, python: versions.
+    """
+
+    timestamp: str
+    device: str
+    cpu: str
+    threads: int
+    command: str
+    fastswa: str
+    torch: str
+    triton: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Row(Environment):
+    """One measurement of an update; empty where a device has no such quantity or where nothing was timed.
+
+    Args:
         case: a key of `cases.CASES`.
         plan: a key of `providers.PLANS`.
         provider: a key of `providers.PROVIDERS`.
@@ -55,15 +73,6 @@ class Row:
         checked: "yes", or why there is no time: "wrong: ..." or "skipped: ...".
     """
 
-    timestamp: str
-    device: str
-    cpu: str
-    threads: int
-    command: str
-    fastswa: str
-    torch: str
-    triton: str
-    python: str
     case: str
     plan: str
     provider: str
@@ -130,27 +139,29 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or "unknown"
 
 
-def default_path(device: torch.device) -> Path:
+def default_path(device: torch.device, prefix: str = "") -> Path:
     """Where the results of a device are kept.
 
     Args:
         device: that was measured.
+        prefix: of the file's name.
 
     Returns:
         `results/cpu.csv`, or the GPU's name in lower case with hyphens.
     """
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv")
+    return RESULTS / (prefix + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv")
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[Environment], kind: type[Environment] = Row) -> None:
     """Write rows as CSV, numbers to four significant digits.
 
     Args:
         path: of the file, which is replaced.
         rows: in the order of the file.
+        kind: of the rows; its fields are the columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = [column.name for column in fields(Row)]
+    columns = [column.name for column in fields(kind)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADINGS.get(column, column) for column in columns)

@@ -41,14 +41,19 @@ def table(device: torch.device, rows: Sequence[Row]) -> str:
         columns += [(row.share_of_ceiling, 10), (row.ratio_to_fastswa, 9)]
         if cuda:
             columns += [(row.host_us, 9), (row.wall_us, 9), (row.wall_ratio_to_fastswa, 9), (row.launches, 8)]
-        lines.append(line + "".join(f" {_short(value):>{width}}" for value, width in columns))
+        lines.append(line + "".join(f" {short(value):>{width}}" for value, width in columns))
     if first.disturbed:
         lines.append(f"other processes disturbed {first.disturbed} of {ROUNDS} rounds: repeat it on a quiet machine")
     lines += judge(device.type, first.case, first.plan, {row.provider: row for row in rows})
     return "\n".join(lines)
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """A number to three digits, or more before the point.
+
+    Args:
+        value: None for one that was not measured.
+    """
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

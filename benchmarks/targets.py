@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.alone import ALONE
 from benchmarks.providers import CACHED, CEILING, OURS, TORCH
@@ -31,7 +32,7 @@ class Target:
     cases: Sequence[str]
     plan: str
     quantity: str
-    value: Callable[[Rows], float | None]
+    value: Callable[[Mapping[str, Any]], float | None]
     at_least: float | None = None
     at_most: float | None = None
 
@@ -114,19 +115,22 @@ def compared_alone(device: str, case: str, plan: str) -> bool:
     )
 
 
-def judge(device: str, case: str, plan: str, rows: Rows) -> Iterator[str]:
+def judge(
+    device: str, case: str, plan: str, rows: Mapping[str, Any], targets: Sequence[Target] = TARGETS
+) -> Iterator[str]:
     """The targets of one case, each in a line that says whether it is met.
 
     Args:
         device: "cpu" or "cuda".
         case: that was measured.
         plan: of its dtypes.
-        rows: its measurements.
+        rows: its measurements, by provider.
+        targets: to choose from.
 
     Yields:
         Lines; none for a case without targets.
     """
-    for target in TARGETS:
+    for target in targets:
         if (target.device, target.plan) != (device, plan) or case not in target.cases:
             continue
         value = target.value(rows)
