@@ -186,7 +186,7 @@ def _check_arguments(
     if min_batches < 2:
         raise ValueError(f"min_batches must be at least 2, because one batch has no standard error, got {min_batches}")
     if progress and find_spec("tqdm") is None:
-        raise ValueError("progress=True needs tqdm: pip install tqdm")
+        raise ValueError("progress=True needs tqdm: pip install fastswa[progress]")
     if process_group is not None and not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup, got {type(process_group).__name__}")
 
