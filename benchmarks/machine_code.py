@@ -10,7 +10,7 @@ import linecache
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,8 @@ class Variant:
 
     kernel: Any
     name: str
-    signature: dict[str, str]
-    constants: dict[str, object]
+    signature: Mapping[str, str | tuple[str, ...]]
+    constants: Mapping[str, object]
     num_warps: int
     accesses: Sequence[Access]
     aligned: Sequence[str] = ()
@@ -93,7 +93,7 @@ class Report:
         widths: bytes of each instruction that serves a promise, ascending, for each promise.
         registers: of a thread.
         stack: bytes of memory that a thread uses besides registers.
-        spills: registers spilled, where the target's compiler says so.
+        spills: vector registers spilled, where the target's compiler says so.
         shared: bytes of shared memory of a program.
         broken: promises that do not hold, in words.
     """
@@ -224,11 +224,12 @@ def _cuda_resources(asm: Any) -> tuple[int, int, int]:
 
 def _amd_resources(asm: Any) -> tuple[int, int, int]:
     text = asm["amdgcn"]
-    registers, stack, vector, scalar = (
+    registers, stack, spills = (
         int(_only(rf"\.{name}:\s+(\d+)", text))
-        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+        # Scalar registers spill into the lanes of vector registers. Those that go to memory are in the segment's size.
+        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     )
-    return registers, stack, vector + scalar
+    return registers, stack, spills
 
 
 def _only(pattern: str, text: str) -> str:

@@ -22,35 +22,79 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 
 def lerp() -> Iterator[Variant]:
-    """`lerp_kernel` for each pair of dtypes and each form of the weight, as `LaunchConfig` launches it."""
-    from fastswa_kernels import LaunchConfig
-    from fastswa_kernels.average_kernel import lerp_kernel, specialisation
+    """`lerp_kernel` for each pair of dtypes and each form of the weight, as `LerpTable` launches it."""
     from fastswa_kernels.pairs import FLOAT_DTYPES
 
-    config = LaunchConfig()
-    aligned, copied = "_lerp_row(aligned_average", "_copy_row(tl.multiple_of("
     for average, source in itertools.product(FLOAT_DTYPES, FLOAT_DTYPES):
-        constants = specialisation(average, source)
-        vector = 16 // max(average.itemsize, source.itemsize)
-        wide = max(average.itemsize, source.itemsize) == 8
-        accesses = [
+        # A float64 average never gets a float: Triton would pass it as float32. A pointer meets no dtype of a tensor.
+        floats = ("fp32", "*fp32") if average == source else ("fp32",)
+        for weight in ("*fp64",) if torch.float64 in (average, source) else floats:
+            yield _lerp_variant(average, source, 1, f"weight {weight}", weight, IDLE_AT_ZERO=False)
+
+
+def multi_lerp() -> Iterator[Variant]:
+    """`lerp_kernel` as `MultiLerpTable` launches it: several averages of a source, stochastic rounding, the flag."""
+    fp32, bf16, fp16, fp64 = _DTYPES.values()
+    rounded, graph = {"key": "i32"}, {"key": "i32", "step": "*i64", "skip": "*fp32"}
+    for average, source, count, weight, more in (
+        *((fp32, fp32, count, "fp32", {}) for count in (1, 2, 3, 4, 8)),
+        *((fp32, bf16, count, "fp32", {}) for count in (2, 8)),
+        *((bf16, bf16, count, "fp32", rounded) for count in (1, 2, 4, 8)),
+        *((fp16, fp16, count, "fp32", rounded) for count in (1, 8)),
+        *((fp64, fp64, count, "*fp64", {}) for count in (2, 4, 8)),
+        # As a CUDA graph wants it: nothing comes from the host.
+        (bf16, fp32, 2, "*fp32", graph),
+        (fp32, fp32, 3, "*fp64", {"skip": "*i1"}),
+    ):
+        yield _lerp_variant(average, source, count, " ".join((weight, *more)), weight, **more)
+
+
+def _lerp_variant(
+    average: torch.dtype,
+    source: torch.dtype,
+    count: int,
+    name: str,
+    weight: str,
+    IDLE_AT_ZERO: bool = True,
+    **more: str,
+) -> Variant:
+    from fastswa_kernels import LaunchConfig
+    from fastswa_kernels.average_kernel import lerp_kernel
+    from fastswa_kernels.average_launch import specialisation
+
+    config = LaunchConfig.for_elements(0, count, torch.float64 in (average, source))
+    aligned, copied = "_lerp_row(aligned_averages", "_copy_row(tl.multiple_of("
+    vector = 16 // max(average.itemsize, source.itemsize)
+    constants = {
+        **specialisation(average, source),
+        **{absent: None for absent in ("key", "step", "skip") if absent not in more},
+        "WEIGHT_IS_TENSOR": weight.startswith("*"),
+        "IDLE_AT_ZERO": IDLE_AT_ZERO,
+        "FIRST": 0,
+        "K": count,
+        "BLOCK": config.block,
+    }
+    return Variant(
+        lerp_kernel,
+        f"{count} {str(average)[6:]} <- {str(source)[6:]}, {name}",
+        {
+            "table": "*i64",
+            "lerp_rows": "i32",
+            "rows": "i32",
+            "weights": weight if weight.startswith("*") else (weight,) * count,
+            **more,
+        },
+        constants,
+        config.num_warps,
+        [
             Access("load", "tl.load(average", aligned, vector * average.itemsize, config.block * average.itemsize),
             Access("load", "tl.load(source", aligned, vector * source.itemsize, config.block * source.itemsize),
             Access("store", "tl.store(average", aligned, vector * average.itemsize, config.block * average.itemsize),
             Access("load", "tl.load(source", copied, 16, 4 * config.block),
             Access("store", "tl.store(target", copied, 16, 4 * config.block),
-        ]
-        # A float64 average never gets a float: Triton would pass it as float32.
-        for weight in ("*fp64",) if wide else ("fp32", "*fp32", "*fp64"):
-            yield Variant(
-                lerp_kernel,
-                f"{str(average)[6:]} <- {str(source)[6:]}, weight {weight}",
-                {"table": "*i64", "lerp_rows": "i32", "rows": "i32", "weight": weight},
-                {**constants, "WEIGHT_IS_TENSOR": weight.startswith("*"), "BLOCK": config.block},
-                config.num_warps,
-                accesses,
-                aligned=("table",),
-            )
+        ],
+        aligned=("table",),
+    )
 
 
 def merge_batch_stats() -> Iterator[Variant]:
@@ -116,7 +160,13 @@ def merge_partials() -> Iterator[Variant]:
         )
 
 
-KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (lerp, merge_batch_stats, batch_stats, merge_partials)
+KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (
+    lerp,
+    multi_lerp,
+    merge_batch_stats,
+    batch_stats,
+    merge_partials,
+)
 
 
 def compile_all() -> Iterator[Report]:
@@ -157,11 +207,11 @@ def run(arguments: argparse.Namespace) -> int:
     for report in compile_all():
         if not reports or report.kernel != reports[-1].kernel:
             print(f"\n{report.kernel}: bytes of an access in each of {', '.join(report.promises)}")
-            print(f"{'variant':36} {'target':7} {'bytes':24} registers stack spills shared")
+            print(f"{'variant':42} {'target':7} {'bytes':24} registers stack spills shared")
         reports.append(report)
         widths = " ".join("/".join(map(str, sorted(set(seen)))) or "-" for seen in report.widths)
         print(
-            f"{report.variant:36} {report.target:7} {widths:24} {report.registers:9} {report.stack:5} "
+            f"{report.variant:42} {report.target:7} {widths:24} {report.registers:9} {report.stack:5} "
             f"{report.spills:6} {report.shared:6}",
             flush=True,
         )

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from fastswa.averaged_model import AveragedModel
-from fastswa.batch_norm import BNUpdateReport, update_bn
-from fastswa.rules import (
-    EMA,
-    SWA,
+from fastswa.averaging_functions import (
     get_ema_avg_fn,
     get_ema_multi_avg_fn,
     get_swa_avg_fn,
     get_swa_multi_avg_fn,
 )
+from fastswa.batch_norm import BNUpdateReport, update_bn
+from fastswa.lawa import LAWA
+from fastswa.power_ema import PowerEMA
+from fastswa.rules import EMA, SWA
 from fastswa.schedulers import SWALR
+from fastswa.synthesis import Snapshot, synthesize
+from fastswa.warmups import AnnealingWarmup, ExponentialWarmup, HalfLifeWarmup, InversePowerWarmup, RatioWarmup
+from fastswa.weight_averages import WeightAverages
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "LAWA",
     "SWA",
     "SWALR",
+    "AnnealingWarmup",
     "AveragedModel",
     "BNUpdateReport",
+    "ExponentialWarmup",
+    "HalfLifeWarmup",
+    "InversePowerWarmup",
+    "PowerEMA",
+    "RatioWarmup",
+    "Snapshot",
+    "WeightAverages",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
+    "synthesize",
     "update_bn",
 ]

@@ -47,7 +47,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     Raises:
         AssertionError: both avg_fn and multi_avg_fn, as in torch.
-        TypeError: a function as device.
+        TypeError: a function as device; a rule that WeightAverages alone serves, such as one with `every=2`.
         ValueError: an unknown backend or dtype; a parameter on the meta device or not initialised; a `module` that does
             not match. The parameter is named.
         RuntimeError: a model that can't be copied, with the attribute at fault; a backend that can't run here.
@@ -96,6 +96,7 @@ class AveragedModel(swa_utils.AveragedModel):
             )
         if avg_fn is not None and multi_avg_fn is not None:
             raise AssertionError("avg_fn and multi_avg_fn were both given; give one")
+        _check_rule(multi_avg_fn if avg_fn is None else avg_fn)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype, got {dtype}")
         check_values(model, "the model")
@@ -183,6 +184,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def _rule(self) -> Rule | None:
         function = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
         if self._recognised[0] is not function:
+            _check_rule(function)
             self._recognised = (function, recognise(function))
         return self._recognised[1]
 
@@ -220,6 +222,13 @@ class AveragedModel(swa_utils.AveragedModel):
         # The prepared update holds addresses, which mean nothing in a copy or in another process.
         hidden = ("_in_graph", "_averaged", "_update", "_counted", "_recognised", "_captured")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+
+def _check_rule(function: object) -> None:
+    """Refuse a rule that would be averaged otherwise than it says: this class averages whenever it is called."""
+    reason = function.refusal() if isinstance(function, Rule) else None
+    if reason is not None:
+        raise TypeError(reason)
 
 
 def _device_weight(rule: Rule, counter: Tensor) -> Tensor:

@@ -6,25 +6,19 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastswa.flat import FlatBuffers
+from fastswa.updates import MultiUpdate, Random, Update
 
 Backend = Literal["auto", "triton", "torch"]
 
 _Pairs = list[tuple[Tensor, Tensor]]
 
 _log = logging.getLogger("fastswa")
-
-
-class Update(Protocol):
-    """An update of fixed tensors, prepared to run again and again."""
-
-    def lerp_(self, weight: float | Tensor) -> None:
-        """Move the averages towards their sources by `weight`, and make the copies."""
 
 
 @cache
@@ -104,6 +98,43 @@ def prepare(
     return updates[0] if len(updates) == 1 else _Several(updates)
 
 
+def prepare_sets(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    copy_to: Sequence[Tensor],
+    copy_from: Sequence[Tensor],
+    backend: str,
+    flats: Sequence[FlatBuffers],
+    flat_copies: FlatBuffers,
+) -> MultiUpdate:
+    """Choose the code that updates several sets of averages, and let it prepare.
+
+    Args:
+        averages: sets of real floating tensors, all laid out alike; written.
+        sources: one for each average of a set, on its device; any floating dtype and strides; read.
+        copy_to: tensors of any dtype, to be overwritten.
+        copy_from: one for each of `copy_to`, of its dtype; any strides and device.
+        backend: as `choose` takes it.
+        flats: the buffers in which each set lies.
+        flat_copies: the buffers in which `copy_to` lies.
+
+    Returns:
+        The prepared update.
+
+    Raises:
+        ValueError: sources that overlap the averages in memory.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+    """
+    updates: list[MultiUpdate] = []
+    for device in dict.fromkeys(tensor.device for tensor in (*averages[0], *copy_to)):
+        here = [index for index, average in enumerate(averages[0]) if average.device == device]
+        copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
+        own = [[each[index] for index in here] for each in averages]
+        make = _triton_sets if choose(backend, device) == "triton" else _torch_sets
+        updates.append(make(own, [sources[index] for index in here], copies, flats, flat_copies))
+    return updates[0] if len(updates) == 1 else _SeveralSets(updates)
+
+
 @torch.no_grad()
 def lerp_lists_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float | Tensor) -> None:
     """Update lists that are known only for this call, as torch hands them to a `multi_avg_fn`.
@@ -169,6 +200,26 @@ def _torch_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
     return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
 
 
+def _triton_sets(
+    averages: list[list[Tensor]], sources: list[Tensor], copies: _Pairs, _: object, __: object
+) -> MultiUpdate:
+    from fastswa.triton_multi_update import TritonMultiUpdate
+
+    return TritonMultiUpdate(averages, sources, *_columns(copies))
+
+
+def _torch_sets(
+    averages: list[list[Tensor]],
+    sources: list[Tensor],
+    copies: _Pairs,
+    flats: Sequence[FlatBuffers],
+    flat_copies: FlatBuffers,
+) -> MultiUpdate:
+    from fastswa.torch_multi_update import TorchMultiUpdate
+
+    return TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies)
+
+
 def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
     return [to for to, _ in pairs], [origin for _, origin in pairs]
 
@@ -200,6 +251,17 @@ class _Staged:
     def lerp_(self, weight: float | Tensor) -> None:
         torch._foreach_copy_(self._to, self._origin)
         self._update.lerp_(weight)
+
+
+class _SeveralSets:
+    """Updates of sets on several devices, as one."""
+
+    def __init__(self, updates: Sequence[MultiUpdate]) -> None:
+        self._updates = updates
+
+    def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
+        for update in self._updates:
+            update.lerp_(weights, random, skip)
 
 
 class _Several:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from fastswa import backends
 from fastswa.flat import FlatBuffers
 from fastswa.pairing import Pair, pair_buffers, pair_parameters
+from fastswa.updates import Update
 from fastswa.watch import TensorWatch
 
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,7 +64,7 @@ class ModuleUpdate:
         """Whether the update may find itself in the capture of a CUDA graph."""
         averages = [pair.average for pair in lerps]
         self._trained = [tensor for tensor in averages if tensor.requires_grad and not tensor.is_inference()]
-        self._update: backends.Update | None = backends.prepare(
+        self._update: Update | None = backends.prepare(
             list(map(_real, averages)),
             [_real(pair.source) for pair in lerps],
             [pair.average for pair in copies],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,16 +12,60 @@ from torch import Tensor
 from torch.optim import swa_utils
 
 from fastswa import backends
+from fastswa.warmups import Warmup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rule:
     r"""A running average, defined by the weight of each new model.
 
     .. math:: a_0 = p_0, \qquad a_n = a_{n-1} + w(n) (p_n - a_{n-1})
 
-    A rule is also a `multi_avg_fn`: torch's own AveragedModel, and any code with that convention, can call it.
+    A rule is also a `multi_avg_fn`: torch's own AveragedModel, and any code with that convention, can call it. Those
+    average at every call, so there the fields below keep their defaults; WeightAverages serves the others.
+
+    Args:
+        start: the first update call, counted from 0, that takes part.
+        every: from `start` on, one call in so many takes part; at least 1.
+        include_start: count the model as it is when the average is made as the first model. If not, the first update
+            call that takes part replaces the average.
+
+    Raises:
+        ValueError: start or every that are no int or out of range.
     """
+
+    start: int = field(default=0, kw_only=True)
+    every: int = field(default=1, kw_only=True)
+    include_start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_integer("start", self.start, 0)
+        check_integer("every", self.every, 1)
+
+    def __repr__(self) -> str:
+        shown = [part for part in fields(self) if not part.kw_only]
+        shown += [part for part in fields(self) if part.kw_only and getattr(self, part.name) != part.default]
+        return f"{type(self).__name__}({', '.join(f'{part.name}={getattr(self, part.name)!r}' for part in shown)})"
+
+    @property
+    def copies(self) -> int:
+        """How many sets of the model's tensors the average keeps."""
+        return 1
+
+    def due(self, step: int | Tensor) -> Any:
+        """Whether an update call takes part.
+
+        Args:
+            step: the call, counted from 0: an int, or a 0-dimensional tensor, which is not read by the host.
+
+        Returns:
+            A bool, or a 0-dimensional bool tensor where step is a tensor.
+
+        Example:
+            >>> [step for step in range(9) if SWA(start=2, every=3).due(step)]
+            [2, 5, 8]
+        """
+        return (step >= self.start) & ((step - self.start) % self.every == 0)
 
     def weight(self, n: int | Tensor) -> Any:
         """The weight of the next model.
@@ -35,6 +79,48 @@ class Rule:
         """
         raise NotImplementedError
 
+    def copy_weights(self, n: int | Tensor) -> tuple[Any, ...]:
+        """The weight with which each kept set of tensors moves towards the next model.
+
+        Args:
+            n: how many models were taken before, at least 0: an int, or a 0-dimensional tensor, which is not read by
+                the host.
+
+        Returns:
+            `copies` weights in [0, 1], 1 for a copy: floats, or 0-dimensional float64 tensors where n is a tensor.
+        """
+        if isinstance(n, Tensor):
+            # float64, because float32 can't count past 2^24 models.
+            count = n.double()
+            return (torch.where(count == 0, torch.ones_like(count), self.weight(count)),)
+        return (1.0 if n == 0 else self.weight(n),)
+
+    def mixture(self, n: int) -> tuple[float, ...]:
+        """The coefficients by which the kept sets of tensors are combined into the average.
+
+        Args:
+            n: how many models were taken, at least 1.
+
+        Returns:
+            `copies` coefficients with the sum 1; 0 for a set that nothing has been written to yet.
+
+        Raises:
+            ValueError: n below 1: there is no average yet.
+        """
+        check_integer("n", n, 1)
+        return (1.0,)
+
+    def refusal(self) -> str | None:
+        """Why the rule can't be a `multi_avg_fn`, in words; None if it can."""
+        if self.copies != 1:
+            return f"{self!r} keeps {self.copies} copies of the weights; use fastswa.WeightAverages"
+        if (self.start, self.every, self.include_start) != (0, 1, False):
+            return (
+                f"{self!r} does not average exactly at every update call, as a multi_avg_fn does; "
+                "use fastswa.WeightAverages, or call update_parameters only when it is due"
+            )
+        return None
+
     @torch.no_grad()
     def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: int | Tensor) -> None:
         """Update lists of tensors, by torch's `multi_avg_fn` convention.
@@ -43,21 +129,27 @@ class Rule:
             averaged: the averages, on one device and of one dtype; written.
             current: the model's tensors, in the same order.
             num_averaged: models in the average already, at least 1. A CUDA tensor is not read by the host.
+
+        Raises:
+            TypeError: a rule that does not average at every call or keeps several copies.
         """
+        reason = self.refusal()
+        if reason is not None:
+            raise TypeError(reason)
         if isinstance(num_averaged, Tensor):
             # float64, because float32 can't count past 2^24 models.
             num_averaged = num_averaged.double() if num_averaged.is_cuda else int(num_averaged)
         backends.lerp_lists_(averaged, current, self.weight(num_averaged))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SWA(Rule):
     r"""Stochastic Weight Averaging: the equal average of all models.
 
     .. math:: w(n) = \frac{1}{n + 1}
 
-    The first model replaces the average's initial values, as in torch and in the authors' code; Algorithm 1 of the
-    paper counts the starting point as a model too.
+    The first model replaces the average's initial values, as in torch and in the authors' code. Algorithm 1 of the
+    paper counts the starting point as a model too: that is `SWA(include_start=True)`.
 
     Example:
         >>> SWA().weight(3)
@@ -71,17 +163,19 @@ class SWA(Rule):
         return 1 / (n + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EMA(Rule):
-    r"""Exponential moving average with a fixed decay.
+    r"""Exponential moving average with a fixed decay, or one that grows towards it.
 
-    .. math:: w(n) = 1 - d
+    .. math:: w(n) = 1 - d \quad\text{or}\quad w(n) = 1 - d(n)
 
     Args:
         decay: d in [0, 1], for each update. 0.999 remembers about 1000 updates.
+        warmup: how the decay grows at the start, such as `InversePowerWarmup()`; constant if left out.
 
     Raises:
         ValueError: a decay outside [0, 1], or NaN.
+        TypeError: a warmup that is none.
 
     Example:
         >>> EMA(decay=0.75).weight(10)
@@ -93,84 +187,18 @@ class EMA(Rule):
     """
 
     decay: float = 0.999
+    warmup: Warmup | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Negated, so that NaN is refused too.
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], got {self.decay}")
+        if self.warmup is not None and not isinstance(self.warmup, Warmup):
+            raise TypeError(f"warmup must be a Warmup such as InversePowerWarmup(), got {self.warmup!r}")
 
     def weight(self, n: int | Tensor) -> Any:
-        return 1 - self.decay
-
-
-AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
-
-
-def get_ema_multi_avg_fn(decay: float = 0.999) -> EMA:
-    """The exponential moving average as a `multi_avg_fn`.
-
-    Args:
-        decay: in [0, 1], for each update.
-
-    Returns:
-        `EMA(decay)`.
-
-    Raises:
-        ValueError: a decay outside [0, 1], or NaN.
-
-    Example:
-        >>> get_ema_multi_avg_fn(0.9)
-        EMA(decay=0.9)
-    """
-    return EMA(decay)
-
-
-def get_swa_multi_avg_fn() -> SWA:
-    """The equal average as a `multi_avg_fn`.
-
-    Returns:
-        `SWA()`.
-
-    Example:
-        >>> get_swa_multi_avg_fn()
-        SWA()
-    """
-    return SWA()
-
-
-def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
-    """The exponential moving average as an `avg_fn`: torch's function, which AveragedModel recognises and fuses.
-
-    Args:
-        decay: in [0, 1], for each update.
-
-    Returns:
-        A function of (averaged, current, num_averaged) that returns a new tensor.
-
-    Raises:
-        ValueError: a decay outside [0, 1], or NaN.
-
-    Example:
-        >>> get_ema_avg_fn(0.75)(torch.zeros(1), torch.ones(1), 1)
-        tensor([0.2500])
-    """
-    # torch lets NaN through.
-    function: AvgFn = swa_utils.get_ema_avg_fn(EMA(decay).decay)  # type: ignore[no-untyped-call]
-    return function
-
-
-def get_swa_avg_fn() -> AvgFn:
-    """The equal average as an `avg_fn`: torch's function, which AveragedModel recognises and fuses.
-
-    Returns:
-        A function of (averaged, current, num_averaged) that returns a new tensor.
-
-    Example:
-        >>> get_swa_avg_fn()(torch.zeros(1), torch.ones(1), 3)
-        tensor([0.2500])
-    """
-    function: AvgFn = swa_utils.get_swa_avg_fn()  # type: ignore[no-untyped-call]
-    return function
+        return 1 - (self.decay if self.warmup is None else self.warmup.decay(n, self.decay))
 
 
 def recognise(function: object) -> Rule | None:
@@ -202,3 +230,18 @@ def recognise(function: object) -> Rule | None:
     if name in ("get_ema_avg_fn.<locals>.ema_update", "get_ema_multi_avg_fn.<locals>.ema_update"):
         return EMA(inspect.getclosurevars(closure).nonlocals["decay"])
     return None
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Refuse what is no int or too small, by name.
+
+    Args:
+        name: of the parameter.
+        value: to check.
+        least: the smallest allowed.
+
+    Raises:
+        ValueError: not an int of at least `least`.
+    """
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")

@@ -25,14 +25,19 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 LAYERS = [
     {"__main__"},
     {"__init__"},
-    {"averaged_model", "batch_norm", "schedulers"},
-    {"module_update", "batch_norm.update"},
-    {"batch_norm.engines", "batch_norm.sweeps"},
+    {"averaged_model", "weight_averages", "synthesis", "batch_norm", "schedulers"},
+    {"average_state"},
+    {"average_sets", "counters", "swap"},
+    {"followed"},
+    {"module_update", "batch_norm.update", "averaging_functions", "profiles"},
+    {"batch_norm.engines", "batch_norm.sweeps", "lawa", "power_ema"},
     {"batch_norm.calls", "batch_norm.confidence", "batch_norm.group"},
     {"batch_norm.layers", "batch_norm.moments", "batch_norm.batches", "batch_norm.report"},
     {"rules", "pairing", "watch"},
-    {"backends"},
+    {"backends", "warmups"},
+    {"torch_multi_update", "triton_multi_update"},
     {"torch_update"},
+    {"stretches", "updates"},
     {"flat"},
 ]
 

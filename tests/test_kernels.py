@@ -160,12 +160,12 @@ def test_rows_cover_more_than_two_to_the_31_elements() -> None:
     # Meta tensors have sizes and no memory: the arithmetic of the table without 24 GB.
     sizes = ((1 << 31) + 5, 3, 0, (1 << 32) + 1)
     tensors = [torch.empty(size, device="meta") for size in sizes]
-    rows = _rows(tensors, tensors, 16384, in_bytes=False)
-    assert rows[:, 2].sum() == sum(sizes)
-    assert rows[:, 2].min() > 0
+    rows = _rows([tensors], tensors, [0] * 4, 16384, in_bytes=False)
+    assert rows[:, 1].sum() == sum(sizes)
+    assert rows[:, 1].min() > 0
     first = rows[: -(-sizes[0] // 16384)]
     assert first[-1, 0] == (len(first) - 1) * 16384 * 4
-    assert first[-1, 2] == 5
+    assert first[-1, 1] == 5
 
 
 @pytest.mark.gpu
@@ -217,7 +217,7 @@ def test_dense_view_and_same_layout() -> None:
 
 
 def test_the_table_of_recent_lists_is_found_again_and_not_confused(kernel_device: str) -> None:
-    from fastswa_kernels.average import _recent
+    from fastswa_kernels.average_plan import _recent
 
     memory = torch.zeros(100, device=kernel_device)
     source = torch.ones(100, device=kernel_device)

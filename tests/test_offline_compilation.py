@@ -46,6 +46,48 @@ ptx.KERNELS = (bad,)
 raise SystemExit(ptx.run(None))
 """
 
+SPECIALISATIONS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastswa_kernels import MultiLerpTable, StochasticRounding, average_launch
+
+kernel = average_launch.lerp_kernel
+bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+seen = []
+
+
+class Bound:
+    def __getitem__(self, grid):
+        return lambda *arguments, **more: seen.append(str(bind(*arguments, **more)[1]))
+
+
+average_launch.lerp_kernel = Bound()
+
+
+def forms(dtype, *updates):
+    averages = [[torch.zeros(64, dtype=dtype)] for _ in range(3)]
+    seen.clear()
+    table = MultiLerpTable(averages, [torch.zeros(64)])
+    for update in updates:
+        table.lerp_(*update)
+    return len(set(seen))
+
+
+values = ([0.5, 0.0, 1.0], [1, 0, 0], [0.1, 0.2, 0.3])
+tensor, step, skip = torch.zeros(3), torch.tensor(5), torch.tensor(True)
+rounded = [StochasticRounding(seed, step) for seed in (0, 1, 16, -1, 2**63) for step in (0, 1, 16, 2**40)]
+print(
+    forms(torch.float32, *((weights,) for weights in values)),
+    forms(torch.float64, *((weights,) for weights in values)),
+    forms(torch.bfloat16, *((values[0], rounding) for rounding in rounded)),
+    forms(torch.bfloat16, *((tensor, StochasticRounding(seed, step), skip) for seed in range(20))),
+    forms(torch.bfloat16, (tensor,), (values[0],), (tensor, rounded[0]), (tensor, rounded[0], skip)),
+)
+"""
+
 
 def compile_in_a_process(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
@@ -58,9 +100,10 @@ def test_every_kernel_keeps_its_promises_on_every_target() -> None:
     result = compile_in_a_process("-m", "benchmarks", "ptx")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        # 9 pairs of dtypes without float64 and three forms of the weight, 7 pairs with float64 and one; 4 dtypes of
-        # batch statistics; 2 layouts, each with 3 + 4 + 4 + 2 widths of 4 dtypes and 4 with more values; 4 merges.
-        assert result.stdout.count(f" {target} ") >= 9 * 3 + 7 + 4 + 2 * (13 + 4) + 4
+        # 16 pairs of dtypes, 3 of them with a second form of the weight; 18 of several averages, stochastic rounding and
+        # flags; 4 dtypes of batch statistics; 2 layouts, each with 3 + 4 + 4 + 2 widths of 4 dtypes and 4 with more
+        # values; 4 merges.
+        assert result.stdout.count(f" {target} ") >= 16 + 3 + 18 + 4 + 2 * (13 + 4) + 4
     assert "0 broken promises" in result.stdout
 
 
@@ -77,6 +120,13 @@ def test_broken_promises_are_found(tmp_path: Path) -> None:
         assert any(" shared," in line and "16 bytes of shared memory where 0 are allowed" in line for line in here)
         assert any("a little shared" in line and "16 bytes" in line and "8 are allowed" in line for line in here)
         assert not any("allowed to share" in line for line in here)
+
+
+def test_no_value_of_an_argument_compiles_the_kernel_again() -> None:
+    # As Triton itself tells launches apart, up to where it would ask for a device.
+    program = "from fastswa_kernels import average_plan\naverage_plan.refusal = lambda device: None\n" + SPECIALISATIONS
+    result = compile_in_a_process("-c", program)
+    assert result.stdout.split() == ["1", "1", "1", "1", "4"], result.stdout + result.stderr
 
 
 def test_interpreted_kernels_are_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastswa import torch_update
+from fastswa import stretches
 from fastswa.flat import FlatBuffers
 from fastswa.torch_update import TorchUpdate
 from tests.numerics import assert_close_in_ulps, lerp_ulps
@@ -32,10 +32,10 @@ def test_gathering_and_converting_give_the_formula(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut.
-        patch.setattr(torch_update, "SMALL", limits[0])
-        patch.setattr(torch_update, "GATHER", limits[1])
-        patch.setattr(torch_update, "GATHERED", limits[2])
-        patch.setattr(torch_update, "PIECE", {"cpu": limits[2]})
+        patch.setattr(stretches, "SMALL", limits[0])
+        patch.setattr(stretches, "GATHER", limits[1])
+        patch.setattr(stretches, "GATHERED", limits[2])
+        patch.setattr(stretches, "PIECE", {"cpu": limits[2]})
         averages = [torch.randn(size).to(average) for size in [*sizes, large]]
         sources = [torch.randn(size).to(source) for size in [*sizes, large]]
         counters = [torch.zeros((), dtype=torch.int64) for _ in sizes]

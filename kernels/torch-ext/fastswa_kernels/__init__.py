@@ -10,18 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import reference
+from .rounding import StochasticRounding
 from .table import LaunchConfig, refusal
 
 if TYPE_CHECKING:
     from .average import LerpTable, lerp_
     from .batch_norm import batch_stats, merge_batch_stats_
+    from .multi_average import MultiLerpTable, multi_lerp_
 
 __all__ = [
     "LaunchConfig",
     "LerpTable",
+    "MultiLerpTable",
+    "StochasticRounding",
     "batch_stats",
     "lerp_",
     "merge_batch_stats_",
+    "multi_lerp_",
     "reference",
     "refusal",
 ]
@@ -29,6 +34,8 @@ __all__ = [
 _MODULE_OF = {
     "LerpTable": ".average",
     "lerp_": ".average",
+    "MultiLerpTable": ".multi_average",
+    "multi_lerp_": ".multi_average",
     "batch_stats": ".batch_norm",
     "merge_batch_stats_": ".batch_norm",
 }

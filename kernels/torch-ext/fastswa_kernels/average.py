@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .average_kernel import Launch, specialisation
-from .pairs import FLOAT_DTYPES, check_lerp, check_overlap, check_shapes, check_weight, dense_view, distinct
-from .table import LaunchConfig, build, layout_refusal, refusal
+from .arguments import check_weight
+from .average_plan import plan, update
+from .table import LaunchConfig
 
 
 class LerpTable:
@@ -47,17 +46,7 @@ class LerpTable:
         copy_from: Sequence[Tensor] = (),
         config: LaunchConfig | None = None,
     ) -> None:
-        check_lerp(averages, sources)
-        check_shapes(copy_to, copy_from)
-        check_overlap([*averages, *copy_to], [*sources, *copy_from])
-        _check_layout("averages", averages, sources)
-        _check_layout("copy_to", copy_to, copy_from)
-        for index, (target, source) in enumerate(zip(copy_to, copy_from, strict=True)):
-            if target.dtype != source.dtype:
-                raise ValueError(
-                    f"copy_to[{index}] is {target.dtype} but copy_from[{index}] {source.dtype}; copies keep the dtype"
-                )
-        self._launches = _plan(averages, sources, copy_to, copy_from, config)
+        self._launches = plan([averages], sources, copy_to, copy_from, config, single=True)
 
     @property
     def launches(self) -> int:
@@ -76,7 +65,7 @@ class LerpTable:
         """
         check_weight(weight)
         for launch in self._launches:
-            launch.run(weight)
+            launch.run(_as_weights(weight))
 
 
 @torch.no_grad()
@@ -107,70 +96,8 @@ def lerp_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: float |
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, Algorithm 1.
     """
     check_weight(weight)
-    check_shapes(averages, sources)
-    targets, origins = list(averages), list(sources)
-    for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        if average.dtype in FLOAT_DTYPES and dense_view(average) is None:
-            targets[index] = average.contiguous()
-        if source.dtype in FLOAT_DTYPES and layout_refusal(targets[index], source):
-            origins[index] = torch.empty_like(targets[index], dtype=source.dtype).copy_(source)
-
-    key = tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in (*targets, *origins))
-    launches = _recent.get(key)
-    if launches is None:
-        check_lerp(averages, sources)
-        launches = _recent[key] = LerpTable(targets, origins)._launches
-        if len(_recent) > 8:
-            _recent.popitem(last=False)
-    _recent.move_to_end(key)
-    for launch in launches:
-        launch.run(weight)
-    for average, target in zip(averages, targets, strict=True):
-        if target is not average:
-            average.copy_(target)
+    update([averages], sources, _as_weights(weight), single=True)
 
 
-_recent: OrderedDict[tuple[object, ...], list[Launch]] = OrderedDict()
-
-
-def _plan(
-    averages: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    copy_to: Sequence[Tensor],
-    copy_from: Sequence[Tensor],
-    config: LaunchConfig | None,
-) -> list[Launch]:
-    lerps: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
-    for index in distinct(averages, sources):
-        if averages[index].numel():
-            key = (averages[index].device, averages[index].dtype, sources[index].dtype)
-            lerps.setdefault(key, []).append(index)
-    copies: dict[torch.device, list[int]] = {}
-    for index in distinct(copy_to, copy_from):
-        if copy_to[index].numel():
-            copies.setdefault(copy_to[index].device, []).append(index)
-    for device in copies:
-        if not any(device == key[0] for key in lerps):
-            lerps[device, torch.float32, torch.float32] = []
-
-    launches = []
-    for (device, average, source), members in lerps.items():
-        riders = copies.pop(device, [])
-        chosen = config or LaunchConfig.for_elements(sum(averages[index].numel() for index in members))
-        table, lerp_rows = build(
-            [averages[index] for index in members],
-            [sources[index] for index in members],
-            [copy_to[index] for index in riders],
-            [copy_from[index] for index in riders],
-            chosen,
-        )
-        constants = dict(specialisation(average, source), BLOCK=chosen.block)
-        launches.append(Launch(table, lerp_rows, chosen.grid(len(table), device), constants, chosen.num_warps))
-    return launches
-
-
-def _check_layout(name: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        reason = refusal(target.device) or layout_refusal(target, source)
-        if reason:
-            raise ValueError(f"{name}[{index}]: {reason}")
+def _as_weights(weight: float | Tensor) -> tuple[float] | Tensor:
+    return weight.reshape(1) if isinstance(weight, Tensor) else (weight,)

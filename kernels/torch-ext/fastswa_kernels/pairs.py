@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import numpy as np
 import torch
@@ -35,6 +34,23 @@ def dense_view(tensor: Tensor) -> Tensor | None:
     return ordered.view(-1) if ordered.is_contiguous() else None
 
 
+def dense_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised dense tensor whose elements lie in the order of a tensor's, its gaps closed.
+
+    Args:
+        tensor: any shape, any strides.
+        dtype: of the result.
+
+    Returns:
+        A tensor of that shape on that device; of the same strides, where those are dense.
+
+    Example:
+        >>> dense_like(torch.zeros(4, 6)[:, ::2], torch.float32).stride()
+        (3, 1)
+    """
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
 def same_layout(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one shape keep their elements in the same order in memory.
 
@@ -55,28 +71,6 @@ def same_layout(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def check_weight(weight: float | Tensor) -> None:
-    """Refuse a weight that is no weight of an average.
-
-    Args:
-        weight: a number, or a tensor, whose value is not read.
-
-    Raises:
-        ValueError: a number outside [0, 1] or NaN; a tensor that is not 0-dimensional or not floating.
-        TypeError: anything else.
-    """
-    if isinstance(weight, Tensor):
-        if weight.dim() != 0 or not weight.is_floating_point():
-            raise ValueError(
-                "weight must be a float or a 0-dimensional floating tensor, "
-                f"got {weight.dtype} of shape {tuple(weight.shape)}"
-            )
-    elif not isinstance(weight, Real):
-        raise TypeError(f"weight must be a float or a 0-dimensional floating tensor, got {type(weight).__name__}")
-    elif not 0.0 <= float(weight) <= 1.0:
-        raise ValueError(f"weight must be in [0, 1], got {weight}")
-
-
 def check_lerp(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Refuse lists that `lerp_` can't update right, before anything is written.
 
@@ -88,81 +82,126 @@ def check_lerp(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         ValueError: names the first pair that differs in number or shape, or whose memory overlaps.
         TypeError: names the first tensor that is not of a supported floating dtype.
     """
-    check_shapes(averages, sources)
-    for kind, tensors in (("averages", averages), ("sources", sources)):
+    check_multi_lerp([averages], sources, single=True)
+
+
+def check_multi_lerp(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    copy_to: Sequence[Tensor] = (),
+    copy_from: Sequence[Tensor] = (),
+    single: bool = False,
+) -> None:
+    """Refuse lists that `multi_lerp_` can't update right, before anything is written.
+
+    Args:
+        averages: lists of the tensors to be written.
+        sources: the tensors to be read; one for each average of a list, of the same shape.
+        copy_to: tensors to be overwritten.
+        copy_from: one for each of `copy_to`, of its shape.
+        single: name the tensors of the only list averages[i], not averages[0][i].
+
+    Raises:
+        ValueError: names the first tensor that differs in number or shape, or whose memory overlaps another's; or the
+            first average whose dtype or device is not that of its source's other averages.
+        TypeError: names the first tensor that is not of a supported floating dtype.
+    """
+    if not averages:
+        raise ValueError("no list of averages; give at least one")
+    names = [list_name(k, single) for k in range(len(averages))]
+    for name, tensors in zip(names, averages, strict=True):
+        check_shapes(tensors, sources, name)
+    check_shapes(copy_to, copy_from, "copy_to", "copy_from")
+    for name, tensors in (*zip(names, averages, strict=True), ("sources", sources)):
         for index, tensor in enumerate(tensors):
             if tensor.dtype not in FLOAT_DTYPES:
                 raise TypeError(
-                    f"{kind}[{index}] is {tensor.dtype}; lerp_ takes float32, bfloat16, float16 and float64. "
+                    f"{name}[{index}] is {tensor.dtype}; lerp_ takes float32, bfloat16, float16 and float64. "
                     "View a complex tensor with torch.view_as_real, copy an integer tensor with copy_."
                 )
-    check_overlap(averages, sources)
+    for name, tensors in zip(names, averages, strict=True):
+        for index, (tensor, first) in enumerate(zip(tensors, averages[0], strict=True)):
+            if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"{name}[{index}] is {tensor.dtype} on {tensor.device} but {names[0]}[{index}] {first.dtype} on "
+                    f"{first.device}; all averages of one source have one dtype and device"
+                )
+    written = [
+        (f"{name}[{index}]", tensors[index])
+        for index in distinct(*averages, sources)
+        for name, tensors in zip(names, averages, strict=True)
+    ]
+    read = [(f"sources[{index}]", sources[index]) for index in distinct(*averages, sources)]
+    for index in distinct(copy_to, copy_from):
+        written.append((f"copy_to[{index}]", copy_to[index]))
+        read.append((f"copy_from[{index}]", copy_from[index]))
+    _check_disjoint(written, read)
 
 
-def check_shapes(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def list_name(k: int, single: bool) -> str:
+    """What messages call the list of averages number `k`, or the only one."""
+    return "averages" if single else f"averages[{k}]"
+
+
+def check_shapes(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], name: str = "averages", source_name: str = "sources"
+) -> None:
     """Refuse lists of different length, tensors of different shape, and tensors without memory.
 
     Raises:
         ValueError: names the first difference.
     """
     if len(averages) != len(sources):
-        raise ValueError(f"{len(averages)} averages but {len(sources)} sources; give one source for each average")
+        raise ValueError(f"{len(averages)} {name} but {len(sources)} {source_name}; give one source for each average")
     for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
         if average.shape != source.shape:
             raise ValueError(
-                f"averages[{index}] has shape {tuple(average.shape)} but sources[{index}] has "
+                f"{name}[{index}] has shape {tuple(average.shape)} but {source_name}[{index}] has "
                 f"{tuple(source.shape)}; shapes must be equal, nothing is broadcast"
             )
         if average.is_meta or source.is_meta:
-            raise ValueError(f"averages[{index}] or sources[{index}] is on the meta device and holds no values")
+            raise ValueError(f"{name}[{index}] or {source_name}[{index}] is on the meta device and holds no values")
         if average.is_neg() or average.is_conj():
-            raise ValueError(f"averages[{index}] is a negated or conjugated view; resolve it first")
+            raise ValueError(f"{name}[{index}] is a negated or conjugated view; resolve it first")
 
 
-def check_overlap(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Refuse memory that is written and also read or written as another tensor.
-
-    A pair listed twice (a tied weight under two names) is no overlap: `distinct` drops its second mention.
-
-    Raises:
-        ValueError: names the two tensors that overlap, or one that overlaps itself.
-    """
-    kept = [index for index in distinct(averages, sources) if averages[index].numel()]
-    if not kept:
+def _check_disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse memory that is written and also read or written as another tensor."""
+    written, read = [[named for named in tensors if named[1].numel()] for tensors in (written, read)]
+    if not written:
         return
-    for index in kept:
-        start, end = _extent(averages[index])
-        if end - start < averages[index].nbytes:
-            raise ValueError(f"averages[{index}] overlaps itself in memory, as expanded tensors do")
-    written = np.array([_extent(averages[index]) for index in kept], dtype=np.int64)
-    read = np.array([_extent(sources[index]) for index in kept], dtype=np.int64)
-    order = np.argsort(written[:, 0], kind="stable")
-    starts, ends = written[order, 0], written[order, 1]
+    for name, tensor in written:
+        start, end = _extent(tensor)
+        if end - start < tensor.nbytes:
+            raise ValueError(f"{name} overlaps itself in memory, as expanded tensors do")
+    to = np.array([_extent(tensor) for _, tensor in written], dtype=np.int64)
+    origin = np.array([_extent(tensor) for _, tensor in read], dtype=np.int64)
+    order = np.argsort(to[:, 0], kind="stable")
+    starts, ends = to[order, 0], to[order, 1]
     clash = np.flatnonzero(ends[:-1] > starts[1:])
     if clash.size:
-        first, second = (kept[order[clash[0] + step]] for step in (0, 1))
-        raise ValueError(f"averages[{first}] and averages[{second}] overlap in memory; each average needs its own")
+        first, second = (written[order[clash[0] + step]][0] for step in (0, 1))
+        raise ValueError(f"{first} and {second} overlap in memory; each average needs its own")
     # Disjoint and sorted: the only average that can reach into a source is the first that ends past its start.
-    candidate = np.searchsorted(ends, read[:, 0], side="right")
+    candidate = np.searchsorted(ends, origin[:, 0], side="right")
     inside = candidate < len(starts)
-    inside[inside] = starts[candidate[inside]] < read[inside, 1]
+    inside[inside] = starts[candidate[inside]] < origin[inside, 1]
     if inside.any():
         index = int(np.flatnonzero(inside)[0])
         raise ValueError(
-            f"sources[{kept[index]}] overlaps averages[{kept[order[candidate[index]]]}] in memory; "
+            f"{read[index][0]} overlaps {written[order[candidate[index]]][0]} in memory; "
             "average into a copy of the weights, not into the weights themselves"
         )
 
 
-def distinct(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> list[int]:
-    """The indices of the pairs that remain when a pair of the same two memories is listed again.
+def distinct(*lists: Sequence[Tensor]) -> list[int]:
+    """The indices that remain when tensors of the same memories are listed again (a tied weight under two names).
 
     Args:
-        averages: the tensors to be written.
-        sources: one for each average.
+        lists: of averages and of their sources, of one length.
 
     Returns:
-        Ascending indices, one for each pair of memories.
+        Ascending indices, one for each pair, or tuple, of memories.
 
     Example:
         >>> a, p = torch.zeros(3), torch.ones(3)
@@ -170,9 +209,9 @@ def distinct(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> list[int]
         [0]
     """
     seen: dict[tuple[object, ...], int] = {}
-    for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        key = (average.data_ptr(), average.shape, average.stride(), source.data_ptr(), source.stride())
-        seen.setdefault(key if average.numel() else (index,), index)
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        key = (tensors[0].shape, *((tensor.data_ptr(), tensor.stride()) for tensor in tensors))
+        seen.setdefault(key if tensors[0].numel() else (index,), index)
     return list(seen.values())
 
 

@@ -1,8 +1,9 @@
 """Tables of addresses that let one launch serve many tensors, and the shape of that launch.
 
-A table is an int64 array on the device with one row for each chunk of a tensor: the address to write, the address to
-read, the number of elements. Rows of averages come first, then rows of plain copies, which count in bytes. A table
-costs 24 bytes for each chunk, 0.1 % of the traffic that the chunk itself causes.
+A table is an int64 array on the device with one row for each chunk of a tensor: the address to read, the number of
+elements, the number of the first element, the K addresses to write. Rows of averages come first, then rows of plain
+copies, which have one address to write and count in bytes. A table costs 24 + 8K bytes for each chunk, 0.2 % of the
+traffic that the chunk itself causes.
 """
 
 from __future__ import annotations
@@ -37,16 +38,19 @@ class LaunchConfig:
     programs_per_multiprocessor: int = 16
 
     @classmethod
-    def for_elements(cls, elements: int) -> LaunchConfig:
+    def for_elements(cls, elements: int, averages: int = 1, wide: bool = False) -> LaunchConfig:
         """Longer chunks for large models, where short ones would need a table of many megabytes.
 
         Args:
-            elements: of all averages together.
+            elements: of all sources together.
+            averages: that follow each source.
+            wide: whether the arithmetic is float64.
 
         Returns:
-            Chunks of 2048 elements up to 64 Mi elements, of 16384 above.
+            Chunks of 2048 elements up to 64 Mi elements, of 16384 above. Blocks of 1024 elements, or 512 where more
+            than 4 averages in float64 would not fit into a thread's registers.
         """
-        return cls() if elements <= 1 << 26 else cls(chunk=16384)
+        return cls(2048 if elements <= 1 << 26 else 16384, 512 if wide and averages > 4 else 1024)
 
     def grid(self, rows: int, device: torch.device) -> int:
         """The number of programs for a table.
@@ -108,8 +112,9 @@ def layout_refusal(average: Tensor, source: Tensor) -> str | None:
 
 
 def build(
-    averages: Sequence[Tensor],
+    averages: Sequence[Sequence[Tensor]],
     sources: Sequence[Tensor],
+    first_elements: Sequence[int],
     copy_to: Sequence[Tensor],
     copy_from: Sequence[Tensor],
     config: LaunchConfig,
@@ -117,33 +122,45 @@ def build(
     """The table of one launch, on the device of its tensors.
 
     Args:
-        averages: tensors of one dtype on one device, each dense.
-        sources: tensors of one dtype, of the averages' layout.
+        averages: K lists of tensors of one dtype on one device, each dense.
+        sources: tensors of one dtype, of the averages' layout; one for each average of a list.
+        first_elements: number of the first element of each source, for its random bits.
         copy_to: tensors of any dtype, to become equal to `copy_from` bit for bit.
         copy_from: tensors of the dtype and layout of `copy_to`.
         config: its `chunk` is the most elements a row may have.
 
     Returns:
-        The table (rows x 3, int64), and how many of its rows are averages.
+        The table (rows x (3 + K), int64), and how many of its rows are averages.
     """
-    lerp_rows = _rows(averages, sources, config.chunk, in_bytes=False)
-    copy_rows = _rows(copy_to, copy_from, 4 * config.chunk, in_bytes=True)
-    device = (*averages, *copy_to)[0].device
+    lerp_rows = _rows(averages, sources, first_elements, config.chunk, in_bytes=False)
+    # A copy has one target; what stands in the other columns is not read.
+    targets, zeros = [copy_to] * len(averages), [0] * len(copy_to)
+    copy_rows = _rows(targets, copy_from, zeros, 4 * config.chunk, in_bytes=True)
+    device = (*sources, *copy_from)[0].device
     return torch.from_numpy(np.concatenate([lerp_rows, copy_rows])).to(device), len(lerp_rows)
 
 
-def _rows(targets: Sequence[Tensor], sources: Sequence[Tensor], chunk: int, in_bytes: bool) -> npt.NDArray[np.int64]:
-    to = np.array([tensor.data_ptr() for tensor in targets], dtype=np.int64)
-    origin = np.array([tensor.data_ptr() for tensor in sources], dtype=np.int64)
-    count = np.array([tensor.nbytes if in_bytes else tensor.numel() for tensor in targets], dtype=np.int64)
-    to_step = np.array([1 if in_bytes else tensor.element_size() for tensor in targets], dtype=np.int64)
-    origin_step = np.array([1 if in_bytes else tensor.element_size() for tensor in sources], dtype=np.int64)
-
+def _rows(
+    targets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    first_elements: Sequence[int],
+    chunk: int,
+    in_bytes: bool,
+) -> npt.NDArray[np.int64]:
+    count = np.array([tensor.nbytes if in_bytes else tensor.numel() for tensor in sources], dtype=np.int64)
     chunks = -(-count // chunk)
-    tensor_of_row = np.repeat(np.arange(len(targets)), chunks)
+    tensor_of_row = np.repeat(np.arange(len(sources)), chunks)
     first = (np.arange(len(tensor_of_row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
-    rows = np.empty((len(tensor_of_row), 3), dtype=np.int64)
-    rows[:, 0] = to[tensor_of_row] + first * to_step[tensor_of_row]
-    rows[:, 1] = origin[tensor_of_row] + first * origin_step[tensor_of_row]
-    rows[:, 2] = np.minimum(chunk, count[tensor_of_row] - first)
+
+    def addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
+        start = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+        step = np.array([1 if in_bytes else tensor.element_size() for tensor in tensors], dtype=np.int64)
+        return np.asarray(start[tensor_of_row] + first * step[tensor_of_row])
+
+    rows = np.empty((len(tensor_of_row), 3 + len(targets)), dtype=np.int64)
+    rows[:, 0] = addresses(sources)
+    rows[:, 1] = np.minimum(chunk, count[tensor_of_row] - first)
+    rows[:, 2] = np.array(first_elements, dtype=np.int64)[tensor_of_row] + first
+    for column, tensors in enumerate(targets, 3):
+        rows[:, column] = addresses(tensors)
     return rows

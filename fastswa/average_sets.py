@@ -1,0 +1,148 @@
+"""The memory of several averages of the same tensors, and their common update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastswa import backends
+from fastswa.flat import FlatBuffers
+from fastswa.followed import Followed
+from fastswa.updates import MultiUpdate
+
+
+class AverageSets:
+    """Sets of averages, all laid out alike in flat buffers, and one set of copies.
+
+    Args:
+        followed: the model's tensors.
+        count: sets of averages.
+        dtype: of real averages; None for the model's own.
+        device: of averages and copies; None for the model's own.
+
+    Raises:
+        ValueError: a dtype that is not floating.
+    """
+
+    def __init__(
+        self, followed: Sequence[Followed], count: int, dtype: torch.dtype | None, device: torch.device | None
+    ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating dtype or None, got {dtype}")
+        averaged = [each.tensor.detach() for each in followed if each.averaged]
+        copied = [each.tensor.detach() for each in followed if not each.averaged]
+        self.sets = [
+            [torch.empty_like(t, dtype=t.dtype if t.is_complex() else dtype, device=device) for t in averaged]
+            for _ in range(count)
+        ]
+        """For each set the averages, in the order of the averaged tensors."""
+        self._averaged = [each.averaged for each in followed]
+        self.averaged_names = [each.name for each in followed if each.averaged]
+        self.copied_names = [each.name for each in followed if not each.averaged]
+        self.copies = [torch.empty_like(tensor, device=device) for tensor in copied]
+        """Copies of the other tensors."""
+        self._flats = self._flatten()
+
+    @torch.no_grad()
+    def take(self, sources: Sequence[Tensor]) -> None:
+        """Make every set and the copies equal to the model's tensors.
+
+        Args:
+            sources: one for each tensor that is followed, in that order.
+        """
+        for own in self.sets:
+            for target, source in zip(self.in_order(own), sources, strict=True):
+                target.copy_(source)
+
+    def in_order(self, average: Sequence[Tensor]) -> list[Tensor]:
+        """An average's tensors and the copies, in the order of what is followed.
+
+        Args:
+            average: a tensor for each averaged one.
+        """
+        averages, copies = iter(average), iter(self.copies)
+        return [next(averages if averaged else copies) for averaged in self._averaged]
+
+    @torch.no_grad()
+    def carry_over(self, before: AverageSets) -> None:
+        """Take over the averages and copies of tensors that have the name and shape of before.
+
+        Args:
+            before: as many sets, of other tensors of the model.
+        """
+        names = before.averaged_names, self.averaged_names
+        for old, new in zip(before.sets, self.sets, strict=True):
+            _carry_over(dict(zip(names[0], old, strict=True)), dict(zip(names[1], new, strict=True)))
+        _carry_over(
+            dict(zip(before.copied_names, before.copies, strict=True)),
+            dict(zip(self.copied_names, self.copies, strict=True)),
+        )
+
+    def update_from(self, sources: Sequence[Tensor], backend: str) -> MultiUpdate:
+        """Prepare the update from tensors in their present memory.
+
+        Args:
+            sources: one for each tensor that is followed, in that order.
+            backend: "auto", "triton" or "torch".
+
+        Returns:
+            The prepared update, which holds addresses: good until a source or an average gets other memory.
+        """
+        if not self._flats:
+            self._flats = self._flatten()
+        averaged = [source for source, place in zip(sources, self._averaged, strict=True) if place]
+        copied = [source for source, place in zip(sources, self._averaged, strict=True) if not place]
+        # What is prepared serves later calls too, which may be outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return backends.prepare_sets(
+                [list(map(_real, own)) for own in self.sets],
+                list(map(_real, averaged)),
+                self.copies,
+                copied,
+                backend,
+                self._flats[:-1],
+                self._flats[-1],
+            )
+
+    def _flatten(self) -> list[FlatBuffers]:
+        return [FlatBuffers(own) for own in (*self.sets, self.copies)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors have memory of their own.
+        return {**self.__dict__, "_flats": []}
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _carry_over(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    for name, tensor in new.items():
+        if name in old and old[name].shape == tensor.shape:
+            tensor.copy_(old[name])
+
+
+def mixed(sets: Sequence[Sequence[Tensor]], coefficients: Sequence[float]) -> list[Tensor]:
+    """A weighted sum of sets of tensors, in float64 until the end.
+
+    Args:
+        sets: of tensors.
+        coefficients: one for each set.
+
+    Returns:
+        The sum; a single set is handed out as it is.
+    """
+    if len(sets) == 1:
+        return list(sets[0])
+    sums = []
+    for tensors in zip(*sets, strict=True):
+        wide = torch.complex128 if tensors[0].is_complex() else torch.float64
+        total = torch.zeros_like(tensors[0], dtype=wide)
+        for tensor, coefficient in zip(tensors, coefficients, strict=True):
+            if coefficient:
+                total.add_(tensor.to(wide), alpha=coefficient)
+        sums.append(total.to(tensors[0].dtype))
+    return sums

@@ -1,0 +1,290 @@
+"""WeightAverages: one or many averages of a model's weights, without a copy of the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastswa import backends
+from fastswa.average_sets import AverageSets, mixed
+from fastswa.average_state import load_state, state_of
+from fastswa.counters import Counters, check_rules
+from fastswa.followed import Followed, Model, Patterns, Selection, counterparts
+from fastswa.rules import Rule
+from fastswa.swap import swapped_in
+from fastswa.updates import MultiUpdate
+
+ONLY = "average"
+"""The name of the average where one rule is given."""
+
+
+class WeightAverages:
+    r"""Averages of a model's weights, all updated together in one launch that reads each weight once.
+
+    .. math:: a_k \leftarrow a_k + w_k(n_k) (p - a_k)
+
+    with the weights of the rules. The first model that a rule takes is copied. Only the tensors are kept, not a copy of
+    the module: models that can't be deep-copied are fine, and parts can be left out.
+
+    Args:
+        model: a module, a mapping name -> tensor, or pairs (name, tensor). Tied tensors are averaged once.
+        rules: a rule, whose average is called "average", or a mapping name -> rule.
+        dtype: of the averages, float32 whatever the model's; None for the model's own. Complex tensors keep theirs.
+        device: of the averages; the model's own if left out.
+        include: names to follow: a pattern as in a shell ("encoder.*"), several, or a function of the name.
+        exclude: names not to follow, likewise.
+        trainable_only: leave out parameters that need no gradient.
+        buffers: "copy" keeps the model's latest, "average" averages floating ones and copies integers, "ignore".
+        rounding: of bfloat16 and float16 averages: "nearest", in which small steps are lost, or "stochastic", which is
+            right on average.
+        seed: of stochastic rounding. The bits depend on (seed, step, element), so ranks and resumed runs agree.
+        capturable: count on the device, so that a CUDA graph can hold `update`.
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+
+    Raises:
+        ValueError: no rules, an unknown option, nothing to average, a tensor without values; names it.
+        TypeError: a rule that is none; a tensor that can't be averaged; names it.
+        RuntimeError: a backend that can't run here.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> averages = WeightAverages(model, {"fast": EMA(0.99), "slow": EMA(0.9999)})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for _ in range(3):
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     averages.update()
+        >>> with averages.swapped("slow"):
+        ...     prediction = model(torch.randn(8, 4))
+        >>> averages.n_averaged
+        {'fast': 3, 'slow': 3}
+
+    References:
+        Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rules: Rule | Mapping[str, Rule],
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        device: int | torch.device | str | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        trainable_only: bool = False,
+        buffers: str = "copy",
+        rounding: str = "nearest",
+        seed: int = 0,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        self.rules = {ONLY: rules} if isinstance(rules, Rule) else dict(rules)
+        """The rule of each average."""
+        check_rules(self.rules)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+        self._selection = Selection(model, include, exclude, trainable_only, buffers)
+        self._dtype = dtype
+        self._device = None if device is None else torch.device(device)
+        self._backend = backend
+        self._seed = seed if rounding == "stochastic" else None
+        self._swapped: str | None = None
+        self._update: MultiUpdate | None = None
+        followed = self._selection.followed
+        for place in {each.tensor.device for each in followed} if self._device is None else {self._device}:
+            backends.choose(backend, place)
+        self._sets = self._new_sets()
+        self._counters = Counters(self.rules, self._sets.sets[0][0].device, capturable)
+        # An average that was never updated holds the model's weights, so that it can be saved.
+        self._sets.take(self._sources())
+
+    def update(self, skip: Tensor | None = None) -> None:
+        """Take the model's present weights into the averages that are due; call it after `optimizer.step()`.
+
+        Args:
+            skip: a tensor of one element, on the averages' device (a GradScaler's found_inf, a check for NaN): where it
+                is not zero, nothing happens and nothing is counted. On a GPU the host does not read it, and from then
+                on the models are counted there.
+
+        Raises:
+            RuntimeError: inside `swapped`; in a capture, when the update was not prepared before it.
+            ValueError: tensors that appeared, disappeared or changed their shape; the first is named, and nothing has
+                been written. `refresh` accepts them.
+        """
+        self._refuse_swapped("update")
+        self._counters.update(self._prepare(), self._seed, skip)
+
+    @property
+    def n_averaged(self) -> dict[str, int]:
+        """How many models each average holds. Waits for the device where the models are counted there."""
+        return self._counters.n_averaged()
+
+    @contextmanager
+    def swapped(self, name: str | None = None) -> Iterator[None]:
+        """A context in which the model holds an average; afterwards it holds its own weights and buffers, bit for bit.
+
+        The tensors stay where they are, so optimizers, compiled graphs and DistributedDataParallel keep theirs. An
+        average of the model's dtype changes places with the weights, without memory for a third copy; what the body
+        writes into the weights then stays in the average. Buffers may be written freely, as by `update_bn`.
+
+        Args:
+            name: of the average; may be left out where there is one.
+
+        Raises:
+            RuntimeError: inside another `swapped`; before the first update.
+            KeyError: no average of that name.
+        """
+        self._refuse_swapped("swapped")
+        name, followed, average = self._average(name)
+        self._selection_is_current()
+        exchange = self.rules[name].copies == 1
+        with swapped_in(followed, average, self._sets.copies, exchange, self._selection.module):
+            self._swapped = name
+            try:
+                yield
+            finally:
+                self._swapped = None
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module | None = None, name: str | None = None) -> None:
+        """Write an average, and the copied buffers, into a model.
+
+        Args:
+            model: with tensors of the same names and shapes; the one that is followed if left out.
+            name: of the average; may be left out where there is one.
+
+        Raises:
+            RuntimeError: inside `swapped`; before the first update.
+            ValueError: a tensor that the model has not or has in another shape; nothing has been written.
+            KeyError: no average of that name.
+        """
+        self._refuse_swapped("copy_to")
+        name, followed, average = self._average(name)
+        values = self._sets.in_order(average)
+        if model is None:
+            self._selection_is_current()
+            targets = self._sources()
+        else:
+            targets = counterparts(model, followed)
+        torch._foreach_copy_(targets, values)
+
+    @torch.no_grad()
+    def weights(self, name: str | None = None) -> dict[str, Tensor]:
+        """An average by canonical names, tied names included, with the copied buffers that a state_dict holds.
+
+        Args:
+            name: of the average; may be left out where there is one.
+
+        Returns:
+            Tensors of their own, for `model.load_state_dict` or safetensors; averages in the averages' dtype.
+
+        Raises:
+            RuntimeError: inside `swapped`; before the first update.
+            KeyError: no average of that name.
+        """
+        self._refuse_swapped("weights")
+        _, followed, average = self._average(name)
+        values = zip(followed, self._sets.in_order(average), strict=True)
+        return {other: value.clone() for each, value in values if each.saved for other in each.names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: averages, counters, the rules' descriptions, the seed.
+
+        Returns:
+            Tensors (the averages themselves, not copies), numbers and strings in nested dicts.
+
+        Raises:
+            RuntimeError: inside `swapped`.
+        """
+        self._refuse_swapped("state_dict")
+        return state_of(self.rules, self._sets, self._counters, self._seed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run was saved.
+
+        Args:
+            state: as `state_dict` gave it, on whatever device.
+
+        Raises:
+            ValueError: another rule, seed, name, shape or dtype; the first difference is named, and nothing was loaded.
+            RuntimeError: inside `swapped`.
+        """
+        self._refuse_swapped("load_state_dict")
+        load_state(self.state_dict(), state)
+        self._counters.load_state_dict(state["counters"])
+
+    def refresh(self) -> None:
+        """Accept that tensors of the model appeared, disappeared or changed their shape.
+
+        Where a tensor has the name and shape of before, its averages go on. Others begin as the model's present values.
+        """
+        self._refuse_swapped("refresh")
+        self._selection.refresh()
+        self._take_over()
+
+    def add(self, tensors: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> None:
+        """Follow further tensors. Their averages begin as their present values.
+
+        Args:
+            tensors: a mapping or pairs, of names that are not followed yet.
+
+        Raises:
+            ValueError: a name that is followed already.
+        """
+        self._refuse_swapped("add")
+        self._selection.add(tensors)
+        self._take_over()
+
+    def _new_sets(self) -> AverageSets:
+        count = sum(rule.copies for rule in self.rules.values())
+        return AverageSets(self._selection.followed, count, self._dtype, self._device)
+
+    def _take_over(self) -> None:
+        """Make sets for what is followed now, and carry over what stayed."""
+        before, self._sets = self._sets, self._new_sets()
+        self._sets.take(self._sources())
+        self._sets.carry_over(before)
+        self._update = None
+
+    def _prepare(self) -> MultiUpdate:
+        if self._update is not None and self._selection.unchanged():
+            return self._update
+        self._selection_is_current()
+        self._update = self._sets.update_from(self._sources(), self._backend)
+        return self._update
+
+    def _selection_is_current(self) -> None:
+        if not self._selection.unchanged():
+            self._selection.look()
+            self._update = None
+
+    def _average(self, name: str | None) -> tuple[str, list[Followed], list[Tensor]]:
+        """The name of an average, the averaged tensors, and their averages."""
+        if name is None and len(self.rules) == 1:
+            name = next(iter(self.rules))
+        if name is None or name not in self.rules:
+            raise KeyError(f"no average is called {name!r}; there are {', '.join(map(repr, self.rules))}")
+        n = self.n_averaged[name]
+        if n == 0:
+            raise RuntimeError(f"the average {name!r} holds no model yet; call update() first")
+        copies = [rule.copies for rule in self.rules.values()]
+        place = list(self.rules).index(name)
+        first = sum(copies[:place])
+        sets = self._sets.sets[first : first + copies[place]]
+        return name, self._selection.followed, mixed(sets, self.rules[name].mixture(n))
+
+    def _sources(self) -> list[Tensor]:
+        return [each.tensor.detach() for each in self._selection.followed]
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped is not None:
+            raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The prepared update holds addresses, which mean nothing in a copy or in another process.
+        return {**self.__dict__, "_update": None}
