@@ -44,6 +44,7 @@ class AveragedModel(swa_utils.AveragedModel):
         dtype: of the average, such as torch.float32 for a bfloat16 model; the model's dtypes if left out.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         module: a ready module of the model's architecture to hold the average, instead of a copy of the model.
+        capturable: keep the counter beside the average and count there from the start, for CUDA graphs.
 
     Raises:
         AssertionError: both avg_fn and multi_avg_fn, as in torch.
@@ -69,6 +70,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     # Class attributes, so that a subclass that sets torch's attributes itself and skips __init__ has these too.
     backend: str = "auto"
+    capturable: bool = False
     _averaged: FlatModule | None = None
     _update: ModuleUpdate | None = None
     _recognised: tuple[object, Rule | None] = (None, recognise(None))
@@ -87,6 +89,7 @@ class AveragedModel(swa_utils.AveragedModel):
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         module: nn.Module | None = None,
+        capturable: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         if callable(device):
@@ -114,7 +117,10 @@ class AveragedModel(swa_utils.AveragedModel):
             self.module._apply(cast)  # type: ignore[no-untyped-call]
         if refusal(self.module) is None:
             self._averaged = FlatModule(self.module)
+        if capturable and device is None:
+            device = next(self.module.parameters()).device
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
+        self.capturable = capturable
         self.avg_fn = avg_fn
         self.multi_avg_fn = multi_avg_fn
         self.use_buffers = use_buffers
@@ -161,7 +167,7 @@ class AveragedModel(swa_utils.AveragedModel):
             super().update_parameters(model)
             return
         counter = self.n_averaged
-        if update.on_gpu and _capturing():
+        if self.capturable or (update.on_gpu and _capturing()):
             self._captured = True
         n = 0 if self._captured else self._count(counter)
         if self._captured or (n == 0 and counter.is_cuda):
@@ -233,14 +239,13 @@ def _check_rule(function: object) -> None:
 
 def _device_weight(rule: Rule, counter: Tensor) -> Tensor:
     """The next weight, computed from the counter on its device."""
-    if not counter.is_cuda:
+    if not counter.is_cuda and _capturing():
         raise RuntimeError(
             "n_averaged is on the CPU, so a captured graph would repeat one weight; "
-            "make the AveragedModel with device=..., or move it with .to()"
+            "make the AveragedModel with capturable=True, or move it with .to()"
         )
-    # float64, because float32 can't count past 2^24 models.
-    n = counter.double()
-    return torch.where(n == 0, torch.ones_like(n), rule.weight(n))
+    weight: Tensor = rule.copy_weights(counter)[0]
+    return weight
 
 
 def _version(counter: Tensor) -> int:

@@ -99,6 +99,26 @@ class Counters:
         update.lerp_(torch.stack(weights), _random(seed, step), nothing | ~torch.stack(due).any())
         counters += torch.stack([torch.ones_like(nothing), *due]) & ~nothing
 
+    def find(self, name: str | None) -> tuple[slice, tuple[float, ...]]:
+        """An average's sets, and the coefficients by which they are combined.
+
+        Args:
+            name: of the average; may be None where there is one.
+
+        Raises:
+            KeyError: no average of that name.
+            RuntimeError: it holds no model yet.
+        """
+        names = list(self._rules)
+        name = names[0] if name is None and len(names) == 1 else name
+        if name is None or name not in names:
+            raise KeyError(f"no average is called {name!r}; there are {', '.join(map(repr, names))}")
+        n = self.n_averaged()[name]
+        if n == 0:
+            raise RuntimeError(f"the average {name!r} holds no model yet; call update() first")
+        first = sum(self._rules[other].copies for other in names[: names.index(name)])
+        return slice(first, first + self._rules[name].copies), self._rules[name].mixture(n)
+
     def n_averaged(self) -> dict[str, int]:
         """The models that each average holds. Waits for the device where they are counted there."""
         return self._n if self._there is None else dict(zip(self._n, self._there.tolist()[1:], strict=True))

@@ -142,6 +142,11 @@ class Selection:
         return {**self.__dict__, "_watch": None}
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are followed, without gradients."""
+        return [each.tensor.detach() for each in self.followed]
+
+    @property
     def module(self) -> nn.Module | None:
         """The module, if it is one that is followed."""
         return self._module

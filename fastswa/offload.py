@@ -103,7 +103,7 @@ class Offload:
         Raises:
             BaseException: whatever an earlier update raised.
         """
-        held = []
+        held: list[int] = []
         try:
             while len(held) < SLOTS:
                 held.append(self._free.get())

@@ -76,14 +76,14 @@ def _wait(device: torch.device, last: Sequence[torch.cuda.Event]) -> None:
 
 
 def _before_step(side: weakref.ref[SideStream]) -> Callable[..., None]:
-    # A compiled step would be compiled again for every new event.
-    @torch.compiler.disable
     def hook(*_: object) -> None:
         alive = side()
         if alive is not None:
             alive.wait()
 
-    return hook
+    # A compiled step would be compiled again for every new event.
+    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def _end(hook: RemovableHandle, device: torch.device, last: Sequence[torch.cuda.Event]) -> None:

@@ -6,38 +6,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastswa.followed import Followed
+from fastswa.followed import Selection
 
 
 @contextmanager
-def swapped_in(
-    followed: Sequence[Followed],
-    average: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    exchange: bool,
-    module: nn.Module | None,
-) -> Iterator[None]:
+def swapped_in(selection: Selection, values: Sequence[Tensor], exchange: bool) -> Iterator[None]:
     """Write an average into the followed tensors, and their own values back at the end, come what may.
 
     Args:
-        followed: the model's tensors.
-        average: of the averaged ones, in their order; holds the model's weights meanwhile where it is exchanged.
-        copies: of the others, in their order.
+        selection: the model's tensors; all other buffers of a module get their values back too.
+        values: one for each of them; a parameter's average holds its weights meanwhile where they are exchanged.
         exchange: let averages of a parameter's dtype and device change places with it, one at a time.
-        module: whose other buffers get their values back too.
     """
-    averages, others = iter(average), iter(copies)
-    pairs = [(each, next(averages if each.averaged else others)) for each in followed]
     exchanged: list[tuple[Tensor, Tensor]] = []
     written: list[tuple[Tensor, Tensor]] = []
-    for each, other in pairs:
+    for each, other in zip(selection.followed, values, strict=True):
         # Not buffers: update_bn may write them meanwhile, which is no business of the average.
         alike = exchange and not each.buffer and (each.tensor.dtype, each.tensor.device) == (other.dtype, other.device)
         (exchanged if alike else written).append((each.tensor.detach(), other))
-    known = {id(each.tensor) for each in followed}
-    unfollowed = [] if module is None else [buffer for buffer in module.buffers() if id(buffer) not in known]
+    known = {id(each.tensor) for each in selection.followed}
+    buffers = () if selection.module is None else selection.module.buffers()
+    unfollowed = [buffer for buffer in buffers if id(buffer) not in known]
     done: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         kept = [(own, own.clone()) for own in (*(own for own, _ in written), *unfollowed)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from fastswa import backends
 from fastswa.average_sets import AverageSets, mixed
 from fastswa.average_state import load_state, state_of
 from fastswa.counters import Counters, check_rules
-from fastswa.followed import Followed, Model, Patterns, Selection, counterparts
+from fastswa.execution import Execution, execution
+from fastswa.followed import Model, Patterns, Selection, counterparts
 from fastswa.rules import Rule
 from fastswa.swap import swapped_in
-from fastswa.updates import MultiUpdate
 
 ONLY = "average"
 """The name of the average where one rule is given."""
@@ -34,7 +35,8 @@ class WeightAverages:
         model: a module, a mapping name -> tensor, or pairs (name, tensor). Tied tensors are averaged once.
         rules: a rule, whose average is called "average", or a mapping name -> rule.
         dtype: of the averages, float32 whatever the model's; None for the model's own. Complex tensors keep theirs.
-        device: of the averages; the model's own if left out.
+        device: of the averages; the model's own if left out. "cpu" for a model on a GPU: the weights go to pinned
+            memory in one transfer a dtype, and a thread averages them there; its errors are raised at the next call.
         include: names to follow: a pattern as in a shell ("encoder.*"), several, or a function of the name.
         exclude: names not to follow, likewise.
         trainable_only: leave out parameters that need no gradient.
@@ -42,6 +44,9 @@ class WeightAverages:
         rounding: of bfloat16 and float16 averages: "nearest", in which small steps are lost, or "stochastic", which is
             right on average.
         seed: of stochastic rounding. The bits depend on (seed, step, element), so ranks and resumed runs agree.
+        overlap: update on a side stream, so that it hides under the next forward and backward pass. The next
+            `optimizer.step()` and everything that reads the averages wait for it, on the device. Where something else
+            writes the weights, call `wait` first.
         capturable: count on the device, so that a CUDA graph can hold `update`.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
 
@@ -80,6 +85,7 @@ class WeightAverages:
         buffers: str = "copy",
         rounding: str = "nearest",
         seed: int = 0,
+        overlap: bool = False,
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -94,14 +100,15 @@ class WeightAverages:
         self._backend = backend
         self._seed = seed if rounding == "stochastic" else None
         self._swapped: str | None = None
-        self._update: MultiUpdate | None = None
+        self._overlap = overlap
+        self._execution: Execution | None = None
         followed = self._selection.followed
         for place in {each.tensor.device for each in followed} if self._device is None else {self._device}:
             backends.choose(backend, place)
         self._sets = self._new_sets()
         self._counters = Counters(self.rules, self._sets.sets[0][0].device, capturable)
         # An average that was never updated holds the model's weights, so that it can be saved.
-        self._sets.take(self._sources())
+        self._sets.take(self._selection.tensors)
 
     def update(self, skip: Tensor | None = None) -> None:
         """Take the model's present weights into the averages that are due; call it after `optimizer.step()`.
@@ -117,11 +124,20 @@ class WeightAverages:
                 been written. `refresh` accepts them.
         """
         self._refuse_swapped("update")
-        self._counters.update(self._prepare(), self._seed, skip)
+        self._prepared().update(skip)
+
+    def wait(self) -> None:
+        """Make what follows see all updates so far: on the device with `overlap`, on the host for averages on the CPU.
+
+        Everything here that reads the averages does so by itself.
+        """
+        if self._execution is not None:
+            self._execution.wait()
 
     @property
     def n_averaged(self) -> dict[str, int]:
         """How many models each average holds. Waits for the device where the models are counted there."""
+        self.wait()
         return self._counters.n_averaged()
 
     @contextmanager
@@ -139,12 +155,11 @@ class WeightAverages:
             RuntimeError: inside another `swapped`; before the first update.
             KeyError: no average of that name.
         """
-        self._refuse_swapped("swapped")
-        name, followed, average = self._average(name)
+        self._settle("swapped")
+        values = self._values(name)
         self._selection_is_current()
-        exchange = self.rules[name].copies == 1
-        with swapped_in(followed, average, self._sets.copies, exchange, self._selection.module):
-            self._swapped = name
+        with swapped_in(self._selection, values, exchange=len(self._counters.find(name)[1]) == 1):
+            self._swapped = name or next(iter(self.rules))
             try:
                 yield
             finally:
@@ -163,14 +178,11 @@ class WeightAverages:
             ValueError: a tensor that the model has not or has in another shape; nothing has been written.
             KeyError: no average of that name.
         """
-        self._refuse_swapped("copy_to")
-        name, followed, average = self._average(name)
-        values = self._sets.in_order(average)
+        self._settle("copy_to")
+        values = self._values(name)
         if model is None:
             self._selection_is_current()
-            targets = self._sources()
-        else:
-            targets = counterparts(model, followed)
+        targets = self._selection.tensors if model is None else counterparts(model, self._selection.followed)
         torch._foreach_copy_(targets, values)
 
     @torch.no_grad()
@@ -187,9 +199,8 @@ class WeightAverages:
             RuntimeError: inside `swapped`; before the first update.
             KeyError: no average of that name.
         """
-        self._refuse_swapped("weights")
-        _, followed, average = self._average(name)
-        values = zip(followed, self._sets.in_order(average), strict=True)
+        self._settle("weights")
+        values = zip(self._selection.followed, self._values(name), strict=True)
         return {other: value.clone() for each, value in values if each.saved for other in each.names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,7 +212,7 @@ class WeightAverages:
         Raises:
             RuntimeError: inside `swapped`.
         """
-        self._refuse_swapped("state_dict")
+        self._settle("state_dict")
         return state_of(self.rules, self._sets, self._counters, self._seed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +225,7 @@ class WeightAverages:
             ValueError: another rule, seed, name, shape or dtype; the first difference is named, and nothing was loaded.
             RuntimeError: inside `swapped`.
         """
-        self._refuse_swapped("load_state_dict")
+        self._settle("load_state_dict")
         load_state(self.state_dict(), state)
         self._counters.load_state_dict(state["counters"])
 
@@ -223,7 +234,7 @@ class WeightAverages:
 
         Where a tensor has the name and shape of before, its averages go on. Others begin as the model's present values.
         """
-        self._refuse_swapped("refresh")
+        self._settle("refresh")
         self._selection.refresh()
         self._take_over()
 
@@ -236,7 +247,7 @@ class WeightAverages:
         Raises:
             ValueError: a name that is followed already.
         """
-        self._refuse_swapped("add")
+        self._settle("add")
         self._selection.add(tensors)
         self._take_over()
 
@@ -246,45 +257,44 @@ class WeightAverages:
 
     def _take_over(self) -> None:
         """Make sets for what is followed now, and carry over what stayed."""
+        self._forget()
         before, self._sets = self._sets, self._new_sets()
-        self._sets.take(self._sources())
+        self._sets.take(self._selection.tensors)
         self._sets.carry_over(before)
-        self._update = None
 
-    def _prepare(self) -> MultiUpdate:
-        if self._update is not None and self._selection.unchanged():
-            return self._update
-        self._selection_is_current()
-        self._update = self._sets.update_from(self._sources(), self._backend)
-        return self._update
+    def _prepared(self) -> Execution:
+        if self._execution is None or not self._selection.unchanged():
+            self._selection_is_current()
+            self._execution = execution(self._selection.followed, self._device, self._overlap, self._average_from)
+        return self._execution
+
+    def _average_from(self, sources: Sequence[Tensor]) -> Callable[[Tensor | None], None]:
+        return partial(self._counters.update, self._sets.update_from(sources, self._backend), self._seed)
 
     def _selection_is_current(self) -> None:
         if not self._selection.unchanged():
             self._selection.look()
-            self._update = None
+            self._forget()
 
-    def _average(self, name: str | None) -> tuple[str, list[Followed], list[Tensor]]:
-        """The name of an average, the averaged tensors, and their averages."""
-        if name is None and len(self.rules) == 1:
-            name = next(iter(self.rules))
-        if name is None or name not in self.rules:
-            raise KeyError(f"no average is called {name!r}; there are {', '.join(map(repr, self.rules))}")
-        n = self.n_averaged[name]
-        if n == 0:
-            raise RuntimeError(f"the average {name!r} holds no model yet; call update() first")
-        copies = [rule.copies for rule in self.rules.values()]
-        place = list(self.rules).index(name)
-        first = sum(copies[:place])
-        sets = self._sets.sets[first : first + copies[place]]
-        return name, self._selection.followed, mixed(sets, self.rules[name].mixture(n))
+    def _forget(self) -> None:
+        """Finish what is under way, and prepare anew when it is needed."""
+        self.wait()
+        self._execution = None
 
-    def _sources(self) -> list[Tensor]:
-        return [each.tensor.detach() for each in self._selection.followed]
+    def _values(self, name: str | None) -> list[Tensor]:
+        """An average's tensors and the copies, in the order of what is followed."""
+        sets, mixture = self._counters.find(name)
+        return self._sets.in_order(mixed(self._sets.sets[sets], mixture))
+
+    def _settle(self, what: str) -> None:
+        self._refuse_swapped(what)
+        self.wait()
 
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped is not None:
             raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
 
     def __getstate__(self) -> dict[str, Any]:
-        # The prepared update holds addresses, which mean nothing in a copy or in another process.
-        return {**self.__dict__, "_update": None}
+        # What is prepared holds addresses, which mean nothing in a copy or in another process.
+        self.wait()
+        return {**self.__dict__, "_execution": None}

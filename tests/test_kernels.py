@@ -98,6 +98,16 @@ def test_weight_one_replaces_nan_and_infinity(kernel_device: str) -> None:
         assert torch.equal(average, source)
 
 
+def test_weight_zero_keeps_numbers_and_shows_nan(kernel_device: str) -> None:
+    # Unlike multi_lerp_, which leaves an average of weight 0 alone: a model that has diverged is to be seen here.
+    source = torch.tensor([1.0, float("nan")], device=kernel_device)
+    for implementation in (lerp_, reference.lerp_):
+        average = torch.tensor([3.0, 3.0], device=kernel_device)
+        implementation([average], [source], 0.0)
+        assert average[0] == 3
+        assert average[1].isnan()
+
+
 def test_weight_as_a_device_tensor(kernel_device: str) -> None:
     for dtype in (torch.float32, torch.float64):
         weight = torch.tensor(1 / 3, dtype=torch.float64, device=kernel_device)
