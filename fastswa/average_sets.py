@@ -57,6 +57,11 @@ class AverageSets:
             for target, source in zip(self.in_order(own), sources, strict=True):
                 target.copy_(source)
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the averages and copies are, in the order of what is followed."""
+        return [tensor.device for tensor in self.in_order(self.sets[0])]
+
     def in_order(self, average: Sequence[Tensor]) -> list[Tensor]:
         """An average's tensors and the copies, in the order of what is followed.
 

@@ -6,16 +6,17 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fastswa.flat import FlatBuffers
-from fastswa.updates import MultiUpdate, Random, Update
+from fastswa.updates import MultiUpdate, Update
 
 Backend = Literal["auto", "triton", "torch"]
 
+_AnyUpdate = TypeVar("_AnyUpdate", Update, MultiUpdate)
 _Pairs = list[tuple[Tensor, Tensor]]
 
 _log = logging.getLogger("fastswa")
@@ -132,7 +133,7 @@ def prepare_sets(
         own = [[each[index] for index in here] for each in averages]
         make = _triton_sets if choose(backend, device) == "triton" else _torch_sets
         updates.append(make(own, [sources[index] for index in here], copies, flats, flat_copies))
-    return updates[0] if len(updates) == 1 else _SeveralSets(updates)
+    return updates[0] if len(updates) == 1 else _Several(updates)
 
 
 @torch.no_grad()
@@ -181,22 +182,16 @@ def batch_norm_kernels(device: torch.device) -> ModuleType:
 
 def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
     from fastswa_kernels import LerpTable
-    from fastswa_kernels.table import layout_refusal
 
-    staged = _Staged()
-    sources = staged.replace(lerps, lambda to, origin: layout_refusal(to, origin) is not None, keep_dtype=True)
-    copy_from = staged.replace(
-        copies, lambda to, origin: to.dtype != origin.dtype or layout_refusal(to, origin) is not None, keep_dtype=False
-    )
-    return staged.before(LerpTable([to for to, _ in lerps], sources, [to for to, _ in copies], copy_from))
+    staged, averages = _Staged(), [to for to, _ in lerps]
+    return staged.before(LerpTable(averages, *_readable(staged, lerps, copies)))
 
 
 def _torch_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
     from fastswa.torch_update import TorchUpdate
 
-    staged = _Staged()
-    sources = staged.replace(lerps, lambda to, origin: to.device != origin.device, keep_dtype=True)
-    averages = [to for to, _ in lerps]
+    staged, averages = _Staged(), [to for to, _ in lerps]
+    sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
     return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
 
 
@@ -205,7 +200,8 @@ def _triton_sets(
 ) -> MultiUpdate:
     from fastswa.triton_multi_update import TritonMultiUpdate
 
-    return TritonMultiUpdate(averages, sources, *_columns(copies))
+    staged, lerps = _Staged(), list(zip(averages[0], sources, strict=True))
+    return staged.before(TritonMultiUpdate(averages, *_readable(staged, lerps, copies)))
 
 
 def _torch_sets(
@@ -217,7 +213,24 @@ def _torch_sets(
 ) -> MultiUpdate:
     from fastswa.torch_multi_update import TorchMultiUpdate
 
-    return TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies)
+    staged, lerps = _Staged(), list(zip(averages[0], sources, strict=True))
+    sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
+    return staged.before(TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies))
+
+
+def _readable(staged: _Staged, lerps: _Pairs, copies: _Pairs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What a table of addresses takes beside the averages: sources, targets of copies, their sources."""
+    from fastswa_kernels.table import layout_refusal
+
+    sources = staged.replace(lerps, lambda to, origin: layout_refusal(to, origin) is not None, keep_dtype=True)
+    copy_from = staged.replace(
+        copies, lambda to, origin: to.dtype != origin.dtype or layout_refusal(to, origin) is not None, keep_dtype=False
+    )
+    return sources, [to for to, _ in copies], copy_from
+
+
+def _elsewhere(to: Tensor, origin: Tensor) -> bool:
+    return to.device != origin.device
 
 
 def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
@@ -230,7 +243,7 @@ class _Staged:
     def __init__(self) -> None:
         self._to: list[Tensor] = []
         self._origin: list[Tensor] = []
-        self._update: Update
+        self._update: Update | MultiUpdate
 
     def replace(self, pairs: _Pairs, unreadable: Callable[[Tensor, Tensor], bool], keep_dtype: bool) -> list[Tensor]:
         """The sources of some pairs, with a copy in the target's layout wherever one is needed."""
@@ -243,33 +256,22 @@ class _Staged:
             sources.append(source)
         return sources
 
-    def before(self, update: Update) -> Update:
+    def before(self, update: _AnyUpdate) -> _AnyUpdate:
         """The update, preceded by the copies if there are any."""
         self._update = update
-        return self if self._to else update
+        return cast("_AnyUpdate", self) if self._to else update
 
-    def lerp_(self, weight: float | Tensor) -> None:
+    def lerp_(self, *arguments: Any) -> None:
         torch._foreach_copy_(self._to, self._origin)
-        self._update.lerp_(weight)
-
-
-class _SeveralSets:
-    """Updates of sets on several devices, as one."""
-
-    def __init__(self, updates: Sequence[MultiUpdate]) -> None:
-        self._updates = updates
-
-    def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
-        for update in self._updates:
-            update.lerp_(weights, random, skip)
+        self._update.lerp_(*arguments)
 
 
 class _Several:
     """Updates on several devices, as one."""
 
-    def __init__(self, updates: Sequence[Update]) -> None:
+    def __init__(self, updates: Sequence[Update] | Sequence[MultiUpdate]) -> None:
         self._updates = updates
 
-    def lerp_(self, weight: float | Tensor) -> None:
+    def lerp_(self, *arguments: Any) -> None:
         for update in self._updates:
-            update.lerp_(weight)
+            update.lerp_(*arguments)

@@ -48,11 +48,21 @@ class Counters:
         self._n = {name: int(rule.include_start) for name, rule in rules.items()}
         self._there: Tensor | None = None
         if on_device:
-            self._move()
+            self._start_there()
 
-    def _move(self) -> Tensor:
+    def _start_there(self) -> Tensor:
         self._there = torch.tensor([self._step, *self._n.values()], dtype=torch.int64, device=self._device)
         return self._there
+
+    def move(self, device: torch.device) -> None:
+        """Go on with averages that are on another device.
+
+        Args:
+            device: of the averages.
+        """
+        self._device = device
+        if self._there is not None:
+            self._there = self._there.to(device)
 
     @torch.no_grad()
     def update(self, update: MultiUpdate, seed: int | None, skip: Tensor | None) -> None:
@@ -86,7 +96,7 @@ class Counters:
             self._n[name] += 1
 
     def _update_on_device(self, update: MultiUpdate, seed: int | None, skip: Tensor | None) -> None:
-        counters = self._move() if self._there is None else self._there
+        counters = self._start_there() if self._there is None else self._there
         step, *counted = counters.unbind()
         due = [rule.due(step) for rule in self._rules.values()]
         weights = [

@@ -127,10 +127,7 @@ class WeightAverages:
         self._prepared().update(skip)
 
     def wait(self) -> None:
-        """Make what follows see all updates so far: on the device with `overlap`, on the host for averages on the CPU.
-
-        Everything here that reads the averages does so by itself.
-        """
+        """Make what follows see all updates; needed with `overlap` only, where something else writes the weights."""
         if self._execution is not None:
             self._execution.wait()
 
@@ -256,11 +253,11 @@ class WeightAverages:
         return AverageSets(self._selection.followed, count, self._dtype, self._device)
 
     def _take_over(self) -> None:
-        """Make sets for what is followed now, and carry over what stayed."""
         self._forget()
         before, self._sets = self._sets, self._new_sets()
         self._sets.take(self._selection.tensors)
         self._sets.carry_over(before)
+        self._counters.move(self._sets.sets[0][0].device)
 
     def _prepared(self) -> Execution:
         if self._execution is None or not self._selection.unchanged():
@@ -275,9 +272,10 @@ class WeightAverages:
         if not self._selection.unchanged():
             self._selection.look()
             self._forget()
+            if self._device is None and self._sets.devices != [t.device for t in self._selection.tensors]:
+                self._take_over()
 
     def _forget(self) -> None:
-        """Finish what is under way, and prepare anew when it is needed."""
         self.wait()
         self._execution = None
 

@@ -146,6 +146,27 @@ def test_no_update_waits_for_the_device(options: dict[str, object]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("counting", ["host", "device"])
+def test_averages_follow_their_model_to_a_gpu(counting: str) -> None:
+    model = ConvNet()
+    averages = WeightAverages(model, RULES, capturable=counting == "device")
+    stays = WeightAverages(model, RULES, device="cpu")
+    for place in ("cpu", "cuda", "cpu", "cuda"):
+        model.to(place)
+        train_step(model)
+        averages.update()
+        stays.update()
+    for name in RULES:
+        ours, theirs = averages.weights(name), stays.weights(name)
+        assert {tensor.device.type for tensor in ours.values()} == {"cuda"}
+        assert {tensor.device.type for tensor in theirs.values()} == {"cpu"}
+        for key, tensor in theirs.items():
+            # Four float32 updates, rounded on either device.
+            assert torch.allclose(ours[key].cpu().double(), tensor.double(), rtol=1e-5, atol=1e-5), key
+    assert averages.n_averaged == stays.n_averaged == {"one": 4, "other": 4, "window": 4}
+
+
+@pytest.mark.gpu
 def test_optimizer_step_and_update_in_one_cuda_graph() -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 64).cuda()
