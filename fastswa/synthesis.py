@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastswa.power_ema import gamma_of
+from fastswa.power_ema import PowerEMA, gamma_of
 from fastswa.profiles import fit, nearest
+from fastswa.weight_averages import WeightAverages
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,36 @@ class Snapshot:
     n: int
     gamma: float
     weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, averages: WeightAverages, name: str | None = None) -> Snapshot:
+        """Take one of several averages as it stands.
+
+        Args:
+            averages: that hold it.
+            name: of an average with the rule PowerEMA; may be left out where there is one.
+
+        Returns:
+            The snapshot, with tensors of its own.
+
+        Raises:
+            TypeError: another rule.
+            KeyError, RuntimeError: as `WeightAverages.weights` has them.
+        """
+        weights = averages.weights(name)
+        name = name or next(iter(averages.rules))
+        rule = averages.rules[name]
+        if not isinstance(rule, PowerEMA):
+            raise TypeError(f"a snapshot is of a PowerEMA, but the rule of {name!r} is {rule!r}")
+        return cls(averages.n_averaged[name], rule.gamma, weights)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `synthesize` takes.
+
+        Args:
+            path: of the file, written by torch.save.
+        """
+        torch.save({"n": self.n, "gamma": self.gamma, "weights": dict(self.weights)}, path)
 
     @classmethod
     def read(cls, state: Snapshot | Mapping[str, Any] | str | os.PathLike[str]) -> Snapshot:

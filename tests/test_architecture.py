@@ -25,7 +25,8 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 LAYERS = [
     {"__main__"},
     {"__init__"},
-    {"averaged_model", "weight_averages", "synthesis", "batch_norm", "schedulers"},
+    {"synthesis"},
+    {"averaged_model", "weight_averages", "batch_norm", "schedulers"},
     {"average_state"},
     {"average_sets", "counters", "swap", "execution"},
     {"followed", "offload", "overlap"},

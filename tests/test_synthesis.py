@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastswa import PowerEMA, Snapshot, profiles, synthesize
+from fastswa import EMA, PowerEMA, Snapshot, WeightAverages, profiles, synthesize
 
 MODELS = 300
 WIDTHS = (0.05, 0.1)
@@ -189,3 +189,41 @@ def test_one_width_is_asked_for() -> None:
     for arguments in ({}, {"gamma": 1.0, "sigma_rel": 0.1}):
         with pytest.raises(TypeError, match="give one of gamma and sigma_rel"):
             synthesize([snapshot()], **arguments)
+
+
+def test_from_training_to_another_width(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2).double()
+    widths = {"narrow": PowerEMA(sigma_rel=WIDTHS[0]), "wide": PowerEMA(sigma_rel=WIDTHS[1])}
+    averages = WeightAverages(model, widths, dtype=torch.float64)
+    models, files = [], []
+    for step in range(1, MODELS + 1):
+        with torch.no_grad():
+            model.weight += torch.randn(2, 3, dtype=torch.float64)
+        averages.update()
+        models.append(model.weight.detach().flatten().clone())
+        if step in TIMES:
+            for name in widths:
+                files.append(tmp_path / f"{name}-{step}.pt")
+                Snapshot.of(averages, name).save(files[-1])
+    found = synthesize(files, sigma_rel=0.075)
+    model.load_state_dict(found)
+    target = PowerEMA(sigma_rel=0.075)
+    counts = [step for step in TIMES for _ in widths]
+    _, residual = profiles.fit(counts, [rule.gamma for rule in widths.values()] * len(TIMES), MODELS, target.gamma)
+    trained = torch.stack(models)
+    size = (trained - trained.mean(0)).square().sum(0).sqrt()
+    # The misfit of the weights times the trajectory's size, as above; rounding is far below it.
+    error = (found["weight"].flatten() - average(trained, target, MODELS)).abs()
+    assert (error <= residual * size).all()
+    # And better than either stored average.
+    for name in widths:
+        assert (
+            error.norm() < 0.2 * (averages.weights(name)["weight"].flatten() - average(trained, target, MODELS)).norm()
+        )
+
+
+def test_a_snapshot_is_of_a_power_ema() -> None:
+    averages = WeightAverages(nn.Linear(3, 2), EMA(0.9))
+    averages.update()
+    with pytest.raises(TypeError, match="the rule of 'average' is EMA"):
+        Snapshot.of(averages)
