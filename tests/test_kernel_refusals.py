@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastswa_kernels
-from fastswa_kernels import LerpTable, lerp_, reference
+from fastswa_kernels import LerpTable, MultiLerpTable, lerp_, multi_lerp_, reference
 
 Implementation = Callable[[list[Tensor], list[Tensor], float], None]
 
@@ -95,6 +95,63 @@ def test_a_copy_must_not_meet_an_average() -> None:
         LerpTable([average], [torch.ones(4)], [average], [counter])
     with pytest.raises(ValueError, match="overlap"):
         LerpTable([], [], [counter[:3]], [counter[1:]])
+
+
+MULTI = [multi_lerp_, reference.multi_lerp_]
+REFUSED_MULTI: dict[str, tuple[Callable[[], dict[str, object]], type[Exception], str]] = {
+    "no list": (lambda: {"averages": [], "weights": []}, ValueError, "no list of averages"),
+    "too few": (lambda: {"averages": [[torch.zeros(3)], []]}, ValueError, r"0 averages\[1\] but 1 sources"),
+    "shape": (lambda: {"averages": [[torch.zeros(3)], [torch.zeros(4)]]}, ValueError, r"averages\[1\]\[0\] has shape"),
+    "dtypes": (
+        lambda: {"averages": [[torch.zeros(3)], [torch.zeros(3).half()]]},
+        ValueError,
+        r"averages\[1\]\[0\] is torch.float16 on cpu but averages\[0\]\[0\] torch.float32",
+    ),
+    "integers": (lambda: {"averages": [[torch.zeros(3, dtype=torch.int64)]] * 2}, TypeError, r"averages\[0\]\[0\] is"),
+    "same twice": (
+        lambda: {"averages": [[(same := torch.zeros(3))], [same]]},
+        ValueError,
+        r"averages\[0\]\[0\] and averages\[1\]\[0\] overlap",
+    ),
+    "source": (
+        lambda: {"averages": [[torch.zeros(3)], [(same := torch.zeros(3))]], "sources": [same]},
+        ValueError,
+        r"sources\[0\] overlaps averages\[1\]\[0\]",
+    ),
+    "number": (lambda: {"weights": [0.5]}, ValueError, "weights must be 2 floats"),
+    "range": (lambda: {"weights": [0.5, 1.5]}, ValueError, "weights must be 2 floats"),
+    "nan": (lambda: {"weights": [0.5, float("nan")]}, ValueError, "weights must be 2 floats"),
+    "float": (lambda: {"weights": 0.5}, TypeError, "weights must be 2 floats"),
+    "text": (lambda: {"weights": "ab"}, TypeError, "weights must be 2 floats"),
+    "tensors": (lambda: {"weights": [torch.tensor(0.5)] * 2}, TypeError, "weights must be 2 floats"),
+    "tensor shape": (lambda: {"weights": torch.zeros(3)}, ValueError, r"floating tensor of shape \(2,\)"),
+    "tensor dtype": (lambda: {"weights": torch.zeros(2).int()}, ValueError, r"floating tensor of shape \(2,\)"),
+    "rounding": (lambda: {"rounding": "stochastic"}, TypeError, "rounding must be a StochasticRounding or None"),
+    "flags": (lambda: {"skip": torch.zeros(2)}, ValueError, "skip must have one element"),
+    "complex flag": (lambda: {"skip": torch.zeros(1, dtype=torch.complex64)}, TypeError, "skip must be a real tensor"),
+    "host flag": (lambda: {"skip": True}, TypeError, "skip must be a real tensor"),
+}
+
+
+@pytest.mark.parametrize("implementation", MULTI, ids=["kernel", "reference"])
+@pytest.mark.parametrize("case", REFUSED_MULTI)
+def test_a_refused_multi_lerp_leaves_everything_unwritten(case: str, implementation: Callable[..., None]) -> None:
+    make, error, message = REFUSED_MULTI[case]
+    arguments = {"averages": [[torch.zeros(3)], [torch.zeros(3)]], "sources": [torch.ones(3)], "weights": [0.5, 1.0]}
+    arguments |= make()
+    before = [[tensor.clone() for tensor in tensors] for tensors in arguments["averages"]]
+    with pytest.raises(error, match=message):
+        implementation(**arguments)
+    for tensors, old in zip(arguments["averages"], before, strict=True):
+        assert all(map(torch.equal, tensors, old))
+
+
+def test_a_table_of_several_averages_names_what_it_refuses() -> None:
+    good, turned = torch.zeros(2, 3), torch.zeros(3, 2).t()
+    with pytest.raises(ValueError, match=r"averages\[1\]\[0\]: the average and its source have different strides"):
+        MultiLerpTable([[good], [turned]], [torch.zeros(2, 3)])
+    with pytest.raises(ValueError, match=r"copy_to\[0\] and averages\[0\]\[0\] overlap|averages\[0\]\[0\] and copy_to"):
+        MultiLerpTable([[good]], [torch.zeros(2, 3)], [good], [torch.zeros(2, 3)])
 
 
 def test_refusal_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
