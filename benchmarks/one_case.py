@@ -6,13 +6,14 @@ import statistics
 
 import torch
 
-from benchmarks import providers, record
+from benchmarks import record
 from benchmarks.cases import Shapes
 from benchmarks.clocks import CPUClock, CUDAClock, device_launches
 from benchmarks.measure import Times, measure, ratio
-from benchmarks.providers import CEILING, OURS, PLANS
+from benchmarks.providers import CEILING, PLANS, update_bytes
 from benchmarks.record import Row
 from benchmarks.verify import CEILING_NOTE, YES, verify
+from benchmarks.weight_averages import providers_of
 
 
 def check_case(case: str, plan: str, device: torch.device) -> dict[str, str]:
@@ -27,7 +28,7 @@ def check_case(case: str, plan: str, device: torch.device) -> dict[str, str]:
         A verdict for each provider, as `verify` gives it.
     """
     torch.manual_seed(0)
-    return verify(Shapes(case, PLANS[plan].source, device), PLANS[plan], providers.PROVIDERS)[1]
+    return verify(Shapes(case, PLANS[plan].source, device), PLANS[plan], providers_of(plan))[1]
 
 
 def measure_case(
@@ -56,12 +57,14 @@ def measure_case(
     torch.manual_seed(0)
     facts = record.environment(device, command)
     model = Shapes(case, PLANS[plan].source, device)
-    size = providers.update_bytes(model, PLANS[plan])
+    size = update_bytes(model, PLANS[plan])
+    providers = providers_of(plan)
+    ours = next(iter(providers))
     if verdicts is None:
-        prepared, verdicts = verify(model, PLANS[plan], providers.PROVIDERS)
+        prepared, verdicts = verify(model, PLANS[plan], providers)
     else:
         right = [name for name, verdict in verdicts.items() if verdict in (YES, CEILING_NOTE)]
-        prepared = {name: providers.PROVIDERS[name].setup(model, PLANS[plan]) for name in right}
+        prepared = {name: providers[name].setup(model, PLANS[plan]) for name in right}
     if settled:
         _settle_allocator()
     clock = CUDAClock() if device.type == "cuda" else CPUClock()
@@ -70,8 +73,8 @@ def measure_case(
         if ready.part < 1:
             times[name] = times[name].scaled(1 / ready.part)
     rows = []
-    for name in providers.PROVIDERS:
-        values = dict.fromkeys(MEASURED) | _values(times, name, size)
+    for name in providers:
+        values = dict.fromkeys(MEASURED) | _values(times, name, ours, size)
         if device.type == "cuda" and name in prepared:
             values["launches"] = device_launches(prepared[name].update)
         rows.append(
@@ -107,19 +110,19 @@ def _settle_allocator() -> None:
     torch.zeros(30 << 18).add_(1)
 
 
-def _values(times: dict[str, Times], name: str, size: int) -> dict[str, float]:
+def _values(times: dict[str, Times], name: str, ours: str, size: int) -> dict[str, float]:
     if name not in times:
         return {}
     own = times[name]
     values = {f"p{percent}_us": own.percentile(percent) for percent in (20, 50, 80)}
     values["gb_per_second"] = size / values["p50_us"] / 1e3
     values["share_of_ceiling"] = ratio(times[CEILING], own)
-    if OURS in times:
-        values["ratio_to_fastswa"] = ratio(own, times[OURS])
+    if ours in times:
+        values["ratio_to_fastswa"] = ratio(own, times[ours])
     if own.wall:
         values["host_us"] = statistics.median(run for block in own.host for run in block)
         values["wall_us"] = statistics.median(own.wall)
-        if OURS in times:
-            walls = zip(own.wall, times[OURS].wall, strict=True)
+        if ours in times:
+            walls = zip(own.wall, times[ours].wall, strict=True)
             values["wall_ratio_to_fastswa"] = statistics.median(one / other for one, other in walls)
     return values

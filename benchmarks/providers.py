@@ -6,13 +6,13 @@ after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import fastswa
@@ -22,21 +22,32 @@ DECAY = 0.9
 
 COPY_LIMIT = 8 << 30
 """Bytes: beyond it a GPU's copy is of the same speed, and Llama's would not fit beside the averages."""
+ADD_LIMIT = 2 << 30
+"""Bytes: beyond it a CPU's sum is of the same speed, and several averages leave less memory for it."""
+
+Weight = Callable[[int], float]
+"""The weight of the model that follows n others, n >= 1."""
+Averages = Callable[[], Iterable[Mapping[str, Tensor]]]
+"""Gives each average and its buffers under the model's names, one after another: they may be copies."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The dtypes of one comparison.
+    """What is averaged in one comparison.
 
     Args:
         name: as it stands in the results.
         source: of the model that is trained.
         average: of the averages.
+        averages: how many are kept.
+        stochastic: whether the comparison is of stochastic rounding.
     """
 
     name: str
     source: torch.dtype
     average: torch.dtype
+    averages: int = 1
+    stochastic: bool = False
 
 
 PLANS = {
@@ -45,6 +56,9 @@ PLANS = {
         Plan("fp32", torch.float32, torch.float32),
         Plan("mixed", torch.bfloat16, torch.float32),
         Plan("bf16", torch.bfloat16, torch.bfloat16),
+        Plan("fp32_k2", torch.float32, torch.float32, averages=2),
+        Plan("fp32_k4", torch.float32, torch.float32, averages=4),
+        Plan("bf16_stochastic", torch.bfloat16, torch.bfloat16, stochastic=True),
     )
 }
 
@@ -54,12 +68,13 @@ def update_bytes(model: nn.Module, plan: Plan) -> int:
 
     Args:
         model: the source of the average.
-        plan: the dtypes.
+        plan: the dtypes, and how many averages.
 
     Returns:
-        Read average, read source and write average for parameters; read and write for buffers, which are copied.
+        Read source, read and write each average for parameters; read and write for buffers, which are copied once.
     """
-    parameters = sum(tensor.nbytes + 2 * tensor.numel() * plan.average.itemsize for tensor in model.parameters())
+    written = plan.averages * plan.average.itemsize
+    parameters = sum(tensor.nbytes + 2 * tensor.numel() * written for tensor in model.parameters())
     buffers = sum(
         tensor.nbytes + (tensor.numel() * plan.average.itemsize if tensor.is_floating_point() else tensor.nbytes)
         for tensor in model.buffers()
@@ -72,13 +87,13 @@ class Prepared:
     """A provider, ready for one model.
 
     Args:
-        update: takes the model's present weights into the average.
-        averaged: the module of averages; None where there are none, as for the ceiling.
+        update: takes the model's present weights into the averages.
+        averages: gives them; None where there are none, as for the ceiling.
         part: of the update's bytes that `update` moves; times are divided by it.
     """
 
     update: Callable[[], object]
-    averaged: nn.Module | None
+    averages: Averages | None
     part: float = 1.0
 
 
@@ -88,13 +103,24 @@ class Provider:
 
     Args:
         setup: prepares it for a model.
-        weight: of the model that follows n others, n >= 1; None for the ceiling, which averages nothing.
+        weights: of each average, those beyond the plan's number unused; none for the ceiling, which averages nothing.
         ours: whether its result is fastswa's responsibility.
+        stochastic: whether its rounding is.
     """
 
     setup: Callable[[nn.Module, Plan], Prepared]
-    weight: Callable[[int], float] | None
+    weights: tuple[Weight, ...]
     ours: bool = False
+    stochastic: bool = False
+
+
+def held_by(module: nn.Module) -> Averages:
+    """The average that a module holds.
+
+    Args:
+        module: of averages, with the model's names.
+    """
+    return lambda: [dict([*module.named_parameters(), *module.named_buffers()])]
 
 
 def _swa(n: int) -> float:
@@ -107,13 +133,13 @@ def _ema(n: int) -> float:
 
 def _torch_default(model: nn.Module, plan: Plan) -> Prepared:
     average = swa_utils.AveragedModel(model).to(plan.average)
-    return Prepared(partial(average.update_parameters, model), average.module)
+    return Prepared(partial(average.update_parameters, model), held_by(average.module))
 
 
 def _torch_ema_multi(model: nn.Module, plan: Plan) -> Prepared:
     function = swa_utils.get_ema_multi_avg_fn(DECAY)
     average = swa_utils.AveragedModel(model, multi_avg_fn=function).to(plan.average)
-    return Prepared(partial(average.update_parameters, model), average.module)
+    return Prepared(partial(average.update_parameters, model), held_by(average.module))
 
 
 def _cached_foreach(model: nn.Module, plan: Plan) -> Prepared:
@@ -127,26 +153,33 @@ def _cached_foreach(model: nn.Module, plan: Plan) -> Prepared:
         if copy_to:
             torch._foreach_copy_(copy_to, copy_from)
 
-    return Prepared(update, averaged)
+    return Prepared(update, held_by(averaged))
 
 
 def _fastswa(model: nn.Module, plan: Plan) -> Prepared:
     average = fastswa.AveragedModel(model, dtype=plan.average)
-    return Prepared(partial(average.update_parameters, model), average.module)
+    return Prepared(partial(average.update_parameters, model), held_by(average.module))
 
 
 def _fastswa_ema(model: nn.Module, plan: Plan) -> Prepared:
     average = fastswa.AveragedModel(model, multi_avg_fn=fastswa.EMA(DECAY), dtype=plan.average)
-    return Prepared(partial(average.update_parameters, model), average.module)
+    return Prepared(partial(average.update_parameters, model), held_by(average.module))
 
 
-def _ceiling(model: nn.Module, plan: Plan) -> Prepared:
+def ceiling(model: nn.Module, plan: Plan) -> Prepared:
+    """What the machine needs to move an update's bytes: `x.add_(y)` on a CPU, a copy on a GPU.
+
+    Args:
+        model: the source of the averages.
+        plan: the dtypes, and how many averages.
+    """
     size = update_bytes(model, plan)
     device = next(model.parameters()).device
     if device.type == "cpu":
         # 12 bytes an element: x is read and written, y is read.
-        x, y = torch.ones(size // 12), torch.ones(size // 12)
-        return Prepared(partial(x.add_, y), None)
+        added = min(size, ADD_LIMIT)
+        x, y = torch.ones(added // 12), torch.ones(added // 12)
+        return Prepared(partial(x.add_, y), None, added / size)
     copied = min(size, COPY_LIMIT)
     source, target = (torch.ones(copied // 2, dtype=torch.uint8, device=device) for _ in range(2))
     return Prepared(partial(target.copy_, source), None, copied / size)
@@ -158,11 +191,14 @@ CACHED = "cached _foreach_lerp_"
 CEILING = "ceiling"
 
 PROVIDERS: dict[str, Provider] = {
-    OURS: Provider(_fastswa, _swa, ours=True),
-    f"{OURS}, EMA": Provider(_fastswa_ema, _ema, ours=True),
-    TORCH: Provider(_torch_default, _swa),
-    f"{TORCH}, get_ema_multi_avg_fn": Provider(_torch_ema_multi, _ema),
-    CACHED: Provider(_cached_foreach, _ema),
-    CEILING: Provider(_ceiling, None),
+    OURS: Provider(_fastswa, (_swa,), ours=True),
+    f"{OURS}, EMA": Provider(_fastswa_ema, (_ema,), ours=True),
+    TORCH: Provider(_torch_default, (_swa,)),
+    f"{TORCH}, get_ema_multi_avg_fn": Provider(_torch_ema_multi, (_ema,)),
+    CACHED: Provider(_cached_foreach, (_ema,)),
+    CEILING: Provider(ceiling, ()),
 }
-"""By the names in the results. The ceiling is `x.add_(y)` on a CPU, a device-to-device copy on a GPU."""
+"""Of one average, by the names in the results; the others' times are compared with the first's.
+
+The ceiling is `x.add_(y)` on a CPU, a device-to-device copy on a GPU.
+"""

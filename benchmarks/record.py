@@ -56,15 +56,15 @@ class Row(Environment):
     Args:
         case: a key of `cases.CASES`.
         plan: a key of `providers.PLANS`.
-        provider: a key of `providers.PROVIDERS`.
+        provider: a key of the plan's providers.
         tensors: parameters.
         buffers: that are copied.
         elements: of the parameters.
-        bytes: that an update must move.
+        bytes: that an update of all the plan's averages must move.
         p20_us, p50_us, p80_us: percentiles over all runs; on a GPU of the time on the device.
         gb_per_second: bytes over the median time.
         share_of_ceiling: median over the rounds of the ceiling's time over this time.
-        ratio_to_fastswa: median over the rounds of this time over fastswa's.
+        ratio_to_fastswa: median over the rounds of this time over fastswa's, the first of the plan's providers.
         host_us: median time until the call returns, with the GPU idle at its start.
         wall_us: median over the rounds of the mean time of calls in a row, the wait for the GPU included.
         wall_ratio_to_fastswa: this wall time over fastswa's.

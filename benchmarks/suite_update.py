@@ -13,21 +13,28 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, Shapes
-from benchmarks.providers import PLANS, PROVIDERS
+from benchmarks.providers import PLANS
 from benchmarks.update import GPU_ONLY, plans
 from benchmarks.verify import verify
+from benchmarks.weight_averages import providers_of
 
 CPU = torch.device("cpu")
-COMPARISONS = [(case, plan) for case in CASES if case != GPU_ONLY for plan in plans(CPU, case)]
+COMPARISONS = [
+    (case, plan, provider)
+    for case in CASES
+    if case != GPU_ONLY
+    for plan in plans(CPU, case)
+    for provider in providers_of(plan)
+]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(("case", "plan"), COMPARISONS, ids=lambda name: name)
+@pytest.mark.parametrize(("case", "plan", "provider"), COMPARISONS, ids=lambda name: name)
 def test_update(benchmark: Any, case: str, plan: str, provider: str) -> None:
     benchmark.group = f"{case} {plan}"
     model = Shapes(case, PLANS[plan].source)
-    prepared, verdicts = verify(model, PLANS[plan], {provider: PROVIDERS[provider]})
+    providers = {provider: providers_of(plan)[provider]}
+    prepared, verdicts = verify(model, PLANS[plan], providers)
     if provider not in prepared:
-        assert not PROVIDERS[provider].ours, verdicts[provider]
+        assert not providers[provider].ours, verdicts[provider]
         pytest.skip(verdicts[provider])
     benchmark(prepared[provider].update)

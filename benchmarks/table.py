@@ -25,9 +25,10 @@ def table(device: torch.device, rows: Sequence[Row]) -> str:
     first = rows[0]
     cuda = device.type == "cuda"
     plan = PLANS[first.plan]
+    averages = "average" if plan.averages == 1 else f"{plan.averages} averages"
     lines = [
         "",
-        f"{first.case}, {first.plan} ({plan.source}, average {plan.average}), {first.device}: "
+        f"{first.case}, {first.plan} ({plan.source}, {averages} {plan.average}), {first.device}: "
         f"{first.tensors} parameters of {first.elements} elements, {first.buffers} buffers, {first.bytes / 1e6:.4g} MB",
         f"{'':46} {'p20 us':>9} {'p50 us':>9} {'p80 us':>9} {'GB/s':>7} {'of ceiling':>10} {'x fastswa':>9}"
         + (f" {'host us':>9} {'wall us':>9} {'x fastswa':>9} {'launches':>8}" if cuda else ""),

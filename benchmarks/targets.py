@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.alone import ALONE
 from benchmarks.providers import CACHED, CEILING, OURS, TORCH
 from benchmarks.record import Row
+from benchmarks.weight_averages import PASSES, TIMM
 
 Rows = Mapping[str, Row]
 """The measurements of one case and plan, by provider."""
@@ -75,12 +76,22 @@ def _device(rows: Rows) -> float | None:
     return rows[OURS].p50_us
 
 
+def _over_passes(rows: Rows) -> float | None:
+    return rows[PASSES].ratio_to_fastswa
+
+
+def _over_timm(rows: Rows) -> float | None:
+    return rows[TIMM].ratio_to_fastswa
+
+
 ALL = ("resnet20", "preresnet164", "resnet50", "vit_b", "gpt2")
 LARGE = ("resnet50", "vit_b", "gpt2")
 TIMES_TORCH = "times as fast as torch AveragedModel, each alone in its process"
 END_TO_END = "times as fast as torch AveragedModel, end to end"
 TIMES_CACHED = "times as fast as cached _foreach_lerp_"
 TIMES_CEILING = "times the ceiling's time"
+TIMES_PASSES = "times as fast as a pass for each average"
+TIMES_TIMM = "times as fast as timm ModelEmaV3's stochastic rounding"
 SHARE = "of the copy's speed"
 
 TARGETS = (
@@ -91,6 +102,7 @@ TARGETS = (
     Target("cpu", ("preresnet164",), "fp32", TIMES_TORCH, _over_torch, at_least=15),
     Target("cpu", ("preresnet164",), "fp32", TIMES_CEILING, _over_ceiling, at_most=4.5),
     Target("cpu", ALL, "fp32", TIMES_CACHED, _over_cached, at_least=1),
+    Target("cpu", ("resnet50", "gpt2"), "fp32_k4", TIMES_PASSES, _over_passes, at_least=1.2),
     Target("cuda", ("resnet50", "gpt2"), "fp32", SHARE, _share, at_least=0.9),
     Target("cuda", ("gpt2",), "mixed", SHARE, _share, at_least=0.9),
     Target("cuda", ("resnet50",), "fp32", END_TO_END, _wall_over_torch, at_least=20),
@@ -98,6 +110,8 @@ TARGETS = (
     Target("cuda", ("preresnet164",), "fp32", "us on the GPU", _device, at_most=15),
     Target("cuda", LARGE, "fp32", TIMES_CACHED, _over_cached, at_least=1),
     Target("cuda", ("resnet20", "preresnet164"), "fp32", TIMES_CACHED, _over_cached, at_least=2),
+    Target("cuda", ("resnet50", "gpt2"), "fp32_k4", TIMES_PASSES, _over_passes, at_least=1.25),
+    Target("cuda", ("resnet50", "gpt2"), "bf16_stochastic", TIMES_TIMM, _over_timm, at_least=5),
 )
 
 

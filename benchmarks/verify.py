@@ -12,27 +12,30 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import Plan, Prepared, Provider
+from benchmarks.providers import Plan, Prepared, Provider, Weight
+from benchmarks.verify_rounding import Step
 
 YES = "yes"
 CEILING_NOTE = "averages nothing"
 UPDATES = 4
 FACTOR = -0.5
-PIECE = 1 << 24
-"""Elements compared at once, in float64."""
+PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements compared at once, in float64: on a CPU few enough for its cache."""
 
 
-def tolerance(average: torch.dtype) -> float:
+def tolerance(average: torch.dtype, stochastic: bool = False) -> float:
     """The allowed error, relative to the largest weight that an element has had.
 
     Args:
         average: dtype of the averages.
+        stochastic: whether they are rounded to either neighbour.
 
     Returns:
         For each update five roundings in float32 arithmetic (the averaging weight, and up to four operations in torch's
-        form, on values up to twice the largest weight) and one of half an ulp at the store.
+        form, on values up to twice the largest weight) and one at the store: half an ulp, or stochastic a whole one.
     """
-    return UPDATES * (5 * torch.finfo(torch.float32).eps + torch.finfo(average).eps / 2)
+    store = torch.finfo(average).eps * (1.0 if stochastic else 0.5)
+    return UPDATES * (5 * torch.finfo(torch.float32).eps + store)
 
 
 def verify(
@@ -65,13 +68,19 @@ def verify(
         ready = attempt(name, lambda provider=provider: provider.setup(model, plan))
         if isinstance(ready, Prepared):
             prepared[name] = ready
+    steps: dict[str, Step] = {}
     for update in range(UPDATES):
         if update:
             _change(model)
         for name in list(prepared):
+            averages = prepared[name].averages
+            if update == UPDATES - 1 and providers[name].stochastic and averages is not None:
+                steps[name] = Step(averages, providers[name].weights[0](update))
             attempt(name, prepared[name].update)
     for name in list(prepared):
         verdicts[name] = _verdict(model, providers[name], prepared[name], plan)
+        if verdicts[name] == YES and name in steps:
+            verdicts[name] = steps[name].fault(model) or YES
         if verdicts[name] not in (YES, CEILING_NOTE):
             del prepared[name]
     return prepared, verdicts
@@ -87,29 +96,41 @@ def _change(model: nn.Module) -> None:
 
 
 def _verdict(model: nn.Module, provider: Provider, prepared: Prepared, plan: Plan) -> str:
-    if provider.weight is None or prepared.averaged is None:
+    if prepared.averages is None:
         return CEILING_NOTE
+    for index, average in enumerate(prepared.averages()):
+        fault = _fault(model, average, provider.weights[index], plan, provider.stochastic)
+        if fault:
+            return f"wrong: {fault}" + (f", in average {index + 1}" if plan.averages > 1 else "")
+    return YES
+
+
+def _fault(
+    model: nn.Module, averages: Mapping[str, Tensor], weight: Weight, plan: Plan, stochastic: bool
+) -> str | None:
     exact = 1.0
     for n in range(1, UPDATES):
-        exact += provider.weight(n) * (FACTOR**n - exact)
-    allowed = tolerance(plan.average)
-    for (name, average), source in zip(prepared.averaged.named_parameters(), model.parameters(), strict=True):
+        exact += weight(n) * (FACTOR**n - exact)
+    allowed = tolerance(plan.average, stochastic)
+    for name, source in model.named_parameters():
+        average = averages[name].detach()
         if average.dtype != plan.average:
-            return f"wrong: {name} is {average.dtype}"
-        error = _error(average.detach(), source.detach(), exact)
+            return f"{name} is {average.dtype}"
+        error = _error(average, source.detach(), exact)
         # Negated, so that NaN is wrong too.
         if not error <= allowed:
-            return f"wrong: {name} is off by {error:.2g} of the weight, {allowed:.2g} allowed"
-    for (name, copy), source in zip(prepared.averaged.named_buffers(), model.buffers(), strict=True):
-        if not torch.equal(copy, source.to(copy.dtype)):
-            return f"wrong: buffer {name} differs from the model's"
-    return YES
+            return f"{name} is off by {error:.2g} of the weight, {allowed:.2g} allowed"
+    for name, source in model.named_buffers():
+        if not torch.equal(averages[name], source.to(averages[name].dtype)):
+            return f"buffer {name} differs from the model's"
+    return None
 
 
 def _error(average: Tensor, source: Tensor, exact: float) -> float:
     """The largest error, in units of the weight that the element started from."""
     worst = 0.0
-    for to, origin in zip(average.reshape(-1).split(PIECE), source.reshape(-1).split(PIECE), strict=True):
+    piece = PIECES[source.device.type]
+    for to, origin in zip(average.reshape(-1).split(piece), source.reshape(-1).split(piece), strict=True):
         start = origin.double() / FACTOR ** (UPDATES - 1)
         error = (to.double() - exact * start).abs_()
         # A weight of 0 must have an average of exactly 0, or the quotient is infinite.

@@ -73,15 +73,15 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(path: Path) -> tuple[int, list[dict[str, str]]]:
-    options = ["--cases", "resnet20", "--seconds-per-case", "0.01", "--output", str(path)]
+def run(path: Path, *plans: str) -> tuple[int, list[dict[str, str]]]:
+    options = ["--cases", "resnet20", "--plans", *plans, "--seconds-per-case", "0.01", "--output", str(path)]
     status = main(["update", *options])
     with path.open(newline="") as file:
         return status, list(csv.DictReader(file))
 
 
 def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, rows = run(tmp_path / "results.csv")
+    status, rows = run(tmp_path / "results.csv", "fp32", "mixed")
     assert status == 0
     assert [(row["plan"], row["provider"]) for row in rows] == [
         (p, name) for p in ("fp32", "mixed") for name in PROVIDERS
@@ -114,14 +114,15 @@ def wrong_weight(model: nn.Module, plan: Plan) -> Prepared:
 def misses_an_element(model: nn.Module, plan: Plan) -> Prepared:
     """torch, but the last element of the last parameter is left as it was."""
     right = RIGHT[TORCH].setup(model, plan)
-    last = list(right.averaged.parameters())[-1].detach()
+    (average,) = right.averages()
+    last = average[list(dict(model.named_parameters()))[-1]].detach()
 
     def update() -> None:
         kept = last[-1].clone()
         right.update()
         last[-1] = kept
 
-    return Prepared(update, right.averaged)
+    return Prepared(update, right.averages)
 
 
 def stale_buffers(model: nn.Module, plan: Plan) -> Prepared:
@@ -129,12 +130,13 @@ def stale_buffers(model: nn.Module, plan: Plan) -> Prepared:
     right = RIGHT[CACHED].setup(model, plan)
 
     def update() -> None:
-        buffers = [buffer.clone() for buffer in model.buffers()]
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         right.update()
-        for buffer, value in zip(right.averaged.buffers(), buffers, strict=True):
-            buffer.copy_(value + 1)
+        (average,) = right.averages()
+        for name, value in buffers.items():
+            average[name].copy_(value + 1)
 
-    return Prepared(update, right.averaged)
+    return Prepared(update, right.averages)
 
 
 def breaks(model: nn.Module, plan: Plan) -> Prepared:
@@ -164,9 +166,8 @@ def test_a_wrong_result_gets_no_time(
 
     # A fresh process would not see the changed registry.
     monkeypatch.setattr(update, "in_fresh_process", call)
-    monkeypatch.setattr(update, "plans", lambda device, case: ["fp32"])
-    monkeypatch.setitem(PROVIDERS, name, Provider(setup, PROVIDERS[name].weight, PROVIDERS[name].ours))
-    result, rows = run(tmp_path / "results.csv")
+    monkeypatch.setitem(PROVIDERS, name, Provider(setup, PROVIDERS[name].weights, PROVIDERS[name].ours))
+    result, rows = run(tmp_path / "results.csv", "fp32")
     assert result == status
     for row in rows:
         if row["provider"] == name:

@@ -1,0 +1,231 @@
+"""The benchmark of several averages, of stochastic rounding, and of averaging beside a training step."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fastswa
+from benchmarks import overlap, providers, record, update, weight_averages
+from benchmarks.__main__ import main
+from benchmarks.cases import Shapes
+from benchmarks.networks import MLP
+from benchmarks.one_case import check_case, measure_case
+from benchmarks.overlap import BESIDE, OFFLOADED, VARIANTS, measure_steps
+from benchmarks.providers import CEILING, PLANS, Plan, Prepared, Provider
+from benchmarks.targets import judge
+from benchmarks.verify import CEILING_NOTE, YES, verify
+from benchmarks.weight_averages import (
+    LISTS,
+    NEAREST,
+    ONE_PASS,
+    PASSES,
+    ROUNDED,
+    SEVERAL,
+    STOCHASTIC,
+    TIMM,
+    providers_of,
+)
+
+CPU = torch.device("cpu")
+RIGHT = SEVERAL[ONE_PASS]
+PLANS_HERE = ("fp32_k2", "fp32_k4", "bf16_stochastic")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Two threads on a busy machine wait for one another in every call, and the times do not matter here.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("plan", PLANS_HERE)
+def test_right_providers_are_timed(plan: str) -> None:
+    rows = {row.provider: row for row in measure_case("resnet20", plan, CPU, 0.01, "")}
+    assert list(rows) == list(providers_of(plan))
+    for name, row in rows.items():
+        assert row.checked == (CEILING_NOTE if name == CEILING else YES)
+        assert row.p50_us is not None
+        assert row.bytes == providers.update_bytes(Shapes("resnet20", PLANS[plan].source), PLANS[plan])
+    assert rows[next(iter(rows))].ratio_to_fastswa == 1.0
+
+
+def test_bytes_of_several_averages() -> None:
+    model = nn.BatchNorm1d(8)
+    # 16 parameters of 8 K + 4 bytes; 16 floats and one counter, read and written once for all averages.
+    for plan, each in (("fp32_k2", 20), ("fp32_k4", 36)):
+        assert providers.update_bytes(model, PLANS[plan]) == 16 * each + 16 * 8 + 16
+
+
+def test_a_large_ceiling_is_measured_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "ADD_LIMIT", 1200)
+    model = nn.Linear(100, 1, bias=False)
+    assert providers.ceiling(model, PLANS["fp32"]).part == 1.0
+    assert providers.ceiling(model, PLANS["fp32_k4"]).part == 1 / 3
+
+
+def swapped(model: nn.Module, plan: Plan) -> Prepared:
+    """Right averages under each other's names."""
+    right = RIGHT.setup(model, plan)
+    assert right.averages is not None
+    kept = right.averages
+    return Prepared(right.update, lambda: list(kept())[::-1])
+
+
+def too_heavy(model: nn.Module, plan: Plan) -> Prepared:
+    averages = fastswa.WeightAverages(model, fastswa.EMA(0.5), dtype=plan.average, rounding="stochastic")
+    return Prepared(averages.update, lambda: [averages.weights()])
+
+
+def cuts_off(model: nn.Module, plan: Plan) -> Prepared:
+    """A bfloat16 average whose lower digits are dropped, which is one of the neighbours too."""
+    average = {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    @torch.no_grad()
+    def update() -> None:
+        for name, parameter in model.named_parameters():
+            exact = average[name].float().lerp_(parameter.float(), 0.1)
+            average[name].copy_((exact.view(torch.int32) & -(1 << 16)).view(torch.float32))
+        for name, buffer in model.named_buffers():
+            average[name].copy_(buffer)
+
+    return Prepared(update, lambda: [average])
+
+
+def one_ulp_off(model: nn.Module, plan: Plan) -> Prepared:
+    """Stochastic rounding, and one element beyond its neighbours."""
+    right = ROUNDED[STOCHASTIC].setup(model, plan)
+
+    def averages() -> Iterator[dict[str, torch.Tensor]]:
+        for average in right.averages():
+            last = average["head.bias"][-1:]
+            last.view(torch.int16).add_(2)
+            yield average
+
+    return Prepared(right.update, averages)
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "setup", "reason"),
+    [
+        ("fp32_k2", ONE_PASS, swapped, "wrong: stem.weight is off by"),
+        ("bf16_stochastic", STOCHASTIC, too_heavy, "wrong: stem.weight is off by"),
+        ("bf16_stochastic", STOCHASTIC, ROUNDED[NEAREST].setup, "wrong: 0 of the results are not the nearest"),
+        ("bf16_stochastic", STOCHASTIC, cuts_off, "wrong: 0.49 of the results are not the nearest"),
+        ("bf16_stochastic", TIMM, one_ulp_off, "wrong: head.bias is not rounded to a neighbour"),
+        ("bf16_stochastic", NEAREST, too_heavy, "wrong: stem.weight is off by"),
+    ],
+)
+def test_a_wrong_result_gets_no_time(
+    monkeypatch: pytest.MonkeyPatch, plan: str, name: str, setup: Callable[[nn.Module, Plan], Prepared], reason: str
+) -> None:
+    own = providers_of(plan)
+    monkeypatch.setitem(own, name, Provider(setup, own[name].weights, own[name].ours, own[name].stochastic))
+    rows = {row.provider: row for row in measure_case("resnet20", plan, CPU, 0.01, "")}
+    assert rows[name].checked.startswith(reason)
+    for row in rows.values():
+        assert (row.p50_us is None) == (row.provider == name)
+
+
+def test_a_missing_timm_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_averages, "find_spec", lambda name: None)
+    monkeypatch.delitem(importlib.import_module("sys").modules, "timm.utils.model_ema", raising=False)
+    assert check_case("resnet20", "bf16_stochastic", CPU)[TIMM] == "skipped: ModuleNotFoundError: timm is not installed"
+
+
+def test_a_timm_without_stochastic_rounding_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(ModelEmaV3=lambda model, decay: None)
+    monkeypatch.setattr(weight_averages, "_timm_module", lambda: old)
+    plan = PLANS["bf16_stochastic"]
+    prepared, verdicts = verify(nn.Linear(2, 2).to(plan.source), plan, {TIMM: ROUNDED[TIMM]})
+    assert not prepared
+    assert verdicts[TIMM].startswith("skipped: TypeError: ")
+    assert "stochastic_rounding" in verdicts[TIMM]
+
+
+@pytest.mark.parametrize(
+    ("device", "plan", "name", "bound"),
+    [
+        ("cpu", "fp32_k4", PASSES, 1.2),
+        ("cuda", "fp32_k4", PASSES, 1.25),
+        ("cuda", "bf16_stochastic", TIMM, 5.0),
+    ],
+)
+def test_targets_are_judged(device: str, plan: str, name: str, bound: float) -> None:
+    for case, (ratio, words) in product(
+        ("resnet50", "gpt2"), ((bound, "met: "), (0.99 * bound, "NOT MET: "), (None, "not measured: "))
+    ):
+        (line,) = judge(device, case, plan, {name: SimpleNamespace(ratio_to_fastswa=ratio)})
+        assert line.startswith(words)
+    assert not list(judge("cpu", "gpt2", "bf16_stochastic", {}))
+
+
+def test_the_plans_hold_what_the_targets_ask() -> None:
+    for device in (CPU, torch.device("cuda")):
+        for case in ("resnet50", "gpt2"):
+            assert "fp32_k4" in update.plans(device, case)
+        assert any("bf16_stochastic" in update.plans(device, case) for case in ("resnet20", "gpt2"))
+
+
+def test_a_cpu_measures_no_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(update, "plans", lambda device, case: [])
+    output = tmp_path / "results.csv"
+    assert main(["update", "--cases", "resnet50", "--output", str(output)]) == 0
+    assert "overlap, offload: not measured: needs a GPU" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_steps_of_every_variant_are_checked_and_recorded(tmp_path: Path) -> None:
+    rows = measure_steps(MLP, (4, 784), CPU, "command", steps=2, rounds=2)
+    assert [row.variant for row in rows] == list(VARIANTS)
+    for row in rows:
+        assert row.checked == YES
+        assert row.p50_ms is not None
+        assert (row.host_us is None) == (row.averages == 0)
+    assert all(row.variant in overlap.table(rows) for row in rows)
+    record.write(tmp_path / "overlap.csv", rows, overlap.Row)
+    with (tmp_path / "overlap.csv").open(newline="") as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == list(VARIANTS)
+
+
+def test_steps_with_a_wrong_average_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(fastswa.WeightAverages):
+        """Averages that miss every second update."""
+
+        def __init__(self, *arguments: object, device: str | None = None) -> None:
+            super().__init__(*arguments)
+            self._calls = 0
+
+        def update(self, skip: torch.Tensor | None = None) -> None:
+            self._calls += 1
+            if self._calls % 2:
+                super().update(skip)
+
+    def make(*arguments: object, **options: object) -> fastswa.WeightAverages:
+        return (Late if "device" in options else partial(fastswa.WeightAverages))(*arguments, **options)
+
+    monkeypatch.setattr(overlap, "fastswa", SimpleNamespace(WeightAverages=make, EMA=fastswa.EMA))
+    rows = {row.variant: row for row in measure_steps(MLP, (4, 784), CPU, "command", steps=1, rounds=1)}
+    assert rows[OFFLOADED].checked.startswith("wrong: 0.weight is off by")
+    assert rows[OFFLOADED].p50_ms is None
+    assert rows[BESIDE].p50_ms is not None
+
+
+def test_the_lists_share_their_buffers() -> None:
+    plan = PLANS["fp32_k2"]
+    one, other = SEVERAL[LISTS].setup(nn.BatchNorm1d(2), plan).averages()
+    assert one["running_mean"] is other["running_mean"]
+    assert one["weight"] is not other["weight"]
