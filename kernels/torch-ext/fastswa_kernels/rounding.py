@@ -80,9 +80,21 @@ def random_bits(first: int, count: int, seed: int, step: int | Tensor, average: 
         tensor([-495319289, 1305772982], dtype=torch.int32)
     """
     key = step_key(seed_key(seed), step)
-    element = torch.arange(first, first + count, device=device)
-    low, high = element.to(torch.int32), (element >> 32).to(torch.int32)
-    bits: Tensor = _mix(_mix(low ^ key) ^ high ^ _mix(_mix(key) ^ _signed(average)))
+    average_key = _mix(_mix(key) ^ _signed(average))
+    bits = torch.empty(count, dtype=torch.int32, device=device)
+    # In stretches whose high word is one number, in place: on a CPU every pass over memory counts.
+    start = 0
+    while start < count:
+        high, low = divmod(first + start, 1 << 32)
+        # A quarter of them at most, so that the count fits int32 too.
+        stretch = bits[start : start + min(1 << 30, (1 << 32) - low)]
+        torch.arange(len(stretch), out=stretch)
+        stretch += _signed(low)
+        stretch ^= key
+        _mix_(stretch)
+        stretch ^= average_key ^ _signed(high)
+        _mix_(stretch)
+        start += len(stretch)
     return bits
 
 
@@ -117,8 +129,9 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         raise TypeError(f"float32 is rounded to bfloat16 or float16, not {x.dtype} to {dtype}")
     dropped = 0xFFFF if dtype == torch.bfloat16 else 0x1FFF
     # Sign and magnitude: the sum moves away from zero, in fractions of the step between two numbers of the dtype.
-    up = (x.view(torch.int32) + (bits & dropped)) & ~dropped
-    rounded = torch.where(x.isfinite(), up.view(torch.float32), x)
+    up = (bits & dropped).add_(x.view(torch.int32)).bitwise_and_(~dropped).view(torch.float32)
+    # Only a finite number is no further than 0 from itself.
+    rounded = torch.where(x - x == 0, up, x)
     if dtype == torch.float16:
         # Below 2^-14 the step of float16 is 2^-24 everywhere.
         units = x.abs() * 2.0**24
@@ -170,6 +183,14 @@ def _mix(x: _Words) -> _Words:
     x = x ^ (x >> 15 & 0x1FFFF)
     x = _wrapped(x * _signed(0xD35A2D97))
     return x ^ (x >> 15 & 0x1FFFF)
+
+
+def _mix_(x: Tensor) -> None:
+    """The same in place."""
+    for shift, mask, factor in ((16, 0xFFFF, 0x21F0AAAD), (15, 0x1FFFF, 0xD35A2D97), (15, 0x1FFFF, None)):
+        x ^= (x >> shift).bitwise_and_(mask)
+        if factor is not None:
+            x *= _signed(factor)
 
 
 def _wrapped(x: _Words) -> _Words:
