@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastswa.flat import FlatBuffers
+from fastswa.staging import Several, Staged
 from fastswa.updates import MultiUpdate, Update
 
 Backend = Literal["auto", "triton", "torch"]
 
-_AnyUpdate = TypeVar("_AnyUpdate", Update, MultiUpdate)
 _Pairs = list[tuple[Tensor, Tensor]]
 
 _log = logging.getLogger("fastswa")
@@ -96,7 +96,7 @@ def prepare(
         copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
         make = _triton_update if choose(backend, device) == "triton" else _torch_update
         updates.append(make(lerps, copies, flat))
-    return updates[0] if len(updates) == 1 else _Several(updates)
+    return updates[0] if len(updates) == 1 else Several(updates)
 
 
 def prepare_sets(
@@ -133,7 +133,7 @@ def prepare_sets(
         own = [[each[index] for index in here] for each in averages]
         make = _triton_sets if choose(backend, device) == "triton" else _torch_sets
         updates.append(make(own, [sources[index] for index in here], copies, flats, flat_copies))
-    return updates[0] if len(updates) == 1 else _Several(updates)
+    return updates[0] if len(updates) == 1 else Several(updates)
 
 
 @torch.no_grad()
@@ -183,14 +183,14 @@ def batch_norm_kernels(device: torch.device) -> ModuleType:
 def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
     from fastswa_kernels import LerpTable
 
-    staged, averages = _Staged(), [to for to, _ in lerps]
+    staged, averages = Staged(), [to for to, _ in lerps]
     return staged.before(LerpTable(averages, *_readable(staged, lerps, copies)))
 
 
 def _torch_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
     from fastswa.torch_update import TorchUpdate
 
-    staged, averages = _Staged(), [to for to, _ in lerps]
+    staged, averages = Staged(), [to for to, _ in lerps]
     sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
     return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
 
@@ -200,7 +200,7 @@ def _triton_sets(
 ) -> MultiUpdate:
     from fastswa.triton_multi_update import TritonMultiUpdate
 
-    staged, lerps = _Staged(), list(zip(averages[0], sources, strict=True))
+    staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
     return staged.before(TritonMultiUpdate(averages, *_readable(staged, lerps, copies)))
 
 
@@ -213,12 +213,12 @@ def _torch_sets(
 ) -> MultiUpdate:
     from fastswa.torch_multi_update import TorchMultiUpdate
 
-    staged, lerps = _Staged(), list(zip(averages[0], sources, strict=True))
+    staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
     sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
     return staged.before(TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies))
 
 
-def _readable(staged: _Staged, lerps: _Pairs, copies: _Pairs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _readable(staged: Staged, lerps: _Pairs, copies: _Pairs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """What a table of addresses takes beside the averages: sources, targets of copies, their sources."""
     from fastswa_kernels.table import layout_refusal
 
@@ -235,43 +235,3 @@ def _elsewhere(to: Tensor, origin: Tensor) -> bool:
 
 def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
     return [to for to, _ in pairs], [origin for _, origin in pairs]
-
-
-class _Staged:
-    """Sources that an update can't read in place, copied before it into memory that it can."""
-
-    def __init__(self) -> None:
-        self._to: list[Tensor] = []
-        self._origin: list[Tensor] = []
-        self._update: Update | MultiUpdate
-
-    def replace(self, pairs: _Pairs, unreadable: Callable[[Tensor, Tensor], bool], keep_dtype: bool) -> list[Tensor]:
-        """The sources of some pairs, with a copy in the target's layout wherever one is needed."""
-        sources = []
-        for target, source in pairs:
-            if unreadable(target, source):
-                self._to.append(torch.empty_like(target, dtype=source.dtype if keep_dtype else target.dtype))
-                self._origin.append(source)
-                source = self._to[-1]
-            sources.append(source)
-        return sources
-
-    def before(self, update: _AnyUpdate) -> _AnyUpdate:
-        """The update, preceded by the copies if there are any."""
-        self._update = update
-        return cast("_AnyUpdate", self) if self._to else update
-
-    def lerp_(self, *arguments: Any) -> None:
-        torch._foreach_copy_(self._to, self._origin)
-        self._update.lerp_(*arguments)
-
-
-class _Several:
-    """Updates on several devices, as one."""
-
-    def __init__(self, updates: Sequence[Update] | Sequence[MultiUpdate]) -> None:
-        self._updates = updates
-
-    def lerp_(self, *arguments: Any) -> None:
-        for update in self._updates:
-            update.lerp_(*arguments)

@@ -36,7 +36,7 @@ LAYERS = [
     {"batch_norm.layers", "batch_norm.moments", "batch_norm.batches", "batch_norm.report"},
     {"rules", "pairing", "watch"},
     {"backends", "warmups"},
-    {"torch_multi_update", "triton_multi_update"},
+    {"torch_multi_update", "triton_multi_update", "staging"},
     {"torch_update"},
     {"stretches", "updates"},
     {"flat"},
@@ -143,7 +143,7 @@ def test_the_pins_hold_every_direct_requirement() -> None:
 
 MODULES = [
     *(module.name for module in pkgutil.walk_packages([str(LIBRARY)], "fastswa.") if "__main__" not in module.name),
-    *(f"fastswa_kernels.{module.name}" for module in pkgutil.iter_modules([str(KERNELS)])),
+    *(module.name for module in pkgutil.walk_packages([str(KERNELS)], "fastswa_kernels.")),
 ]
 
 

@@ -1,0 +1,12 @@
+"""The specification: what every kernel computes, in plain torch, with the same signatures.
+
+Run on float64 copies, these are the numbers that the kernels are tested against. They allocate temporaries and loop
+over tensors in Python; they are for reading and for checking, not for speed.
+"""
+
+from __future__ import annotations
+
+from .average import lerp_, multi_lerp_
+from .batch_norm import batch_stats, merge_batch_stats_
+
+__all__ = ["batch_stats", "lerp_", "merge_batch_stats_", "multi_lerp_"]
