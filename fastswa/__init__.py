@@ -13,7 +13,7 @@ from fastswa.batch_norm import BNUpdateReport, update_bn
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
 from fastswa.rules import EMA, SWA
-from fastswa.schedulers import SWALR
+from fastswa.schedulers import SWALR, CyclicalSWALR
 from fastswa.synthesis import Snapshot, synthesize
 from fastswa.warmups import AnnealingWarmup, ExponentialWarmup, HalfLifeWarmup, InversePowerWarmup, RatioWarmup
 from fastswa.weight_averages import WeightAverages
@@ -28,6 +28,7 @@ __all__ = [
     "AnnealingWarmup",
     "AveragedModel",
     "BNUpdateReport",
+    "CyclicalSWALR",
     "ExponentialWarmup",
     "HalfLifeWarmup",
     "InversePowerWarmup",
