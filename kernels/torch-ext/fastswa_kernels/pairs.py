@@ -135,7 +135,7 @@ def check_multi_lerp(
     for index in distinct(copy_to, copy_from):
         written.append((f"copy_to[{index}]", copy_to[index]))
         read.append((f"copy_from[{index}]", copy_from[index]))
-    _check_disjoint(written, read)
+    check_disjoint(written, read, "average into a copy of the weights, not into the weights themselves")
 
 
 def list_name(k: int, single: bool) -> str:
@@ -152,7 +152,7 @@ def check_shapes(
         ValueError: names the first difference.
     """
     if len(averages) != len(sources):
-        raise ValueError(f"{len(averages)} {name} but {len(sources)} {source_name}; give one source for each average")
+        raise ValueError(f"{len(averages)} {name} but {len(sources)} {source_name}; give one for each")
     for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
         if average.shape != source.shape:
             raise ValueError(
@@ -165,8 +165,17 @@ def check_shapes(
             raise ValueError(f"{name}[{index}] is a negated or conjugated view; resolve it first")
 
 
-def _check_disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse memory that is written and also read or written as another tensor."""
+def check_disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]], advice: str) -> None:
+    """Refuse memory that is written and also read or written as another tensor.
+
+    Args:
+        written: names and tensors.
+        read: names and tensors; without those that may share a written tensor's memory.
+        advice: what to do where memory is both written and read.
+
+    Raises:
+        ValueError: names the first two that overlap, or a written tensor that overlaps itself.
+    """
     written, read = [[named for named in tensors if named[1].numel()] for tensors in (written, read)]
     if not written:
         return
@@ -181,17 +190,14 @@ def _check_disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[
     clash = np.flatnonzero(ends[:-1] > starts[1:])
     if clash.size:
         first, second = (written[order[clash[0] + step]][0] for step in (0, 1))
-        raise ValueError(f"{first} and {second} overlap in memory; each average needs its own")
+        raise ValueError(f"{first} and {second} overlap in memory; each needs its own")
     # Disjoint and sorted: the only average that can reach into a source is the first that ends past its start.
     candidate = np.searchsorted(ends, origin[:, 0], side="right")
     inside = candidate < len(starts)
     inside[inside] = starts[candidate[inside]] < origin[inside, 1]
     if inside.any():
         index = int(np.flatnonzero(inside)[0])
-        raise ValueError(
-            f"{read[index][0]} overlaps {written[order[candidate[index]]][0]} in memory; "
-            "average into a copy of the weights, not into the weights themselves"
-        )
+        raise ValueError(f"{read[index][0]} overlaps {written[order[candidate[index]]][0]} in memory; {advice}")
 
 
 def distinct(*lists: Sequence[Tensor]) -> list[int]:

@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from .average import lerp_, multi_lerp_
 from .batch_norm import batch_stats, merge_batch_stats_
+from .combine import combine_
 
-__all__ = ["batch_stats", "lerp_", "merge_batch_stats_", "multi_lerp_"]
+__all__ = ["batch_stats", "combine_", "lerp_", "merge_batch_stats_", "multi_lerp_"]
