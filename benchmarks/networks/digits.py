@@ -33,21 +33,22 @@ class PreActivationBlock(nn.Module):
 
 
 class PreActivationResNet(nn.Module):
-    """A pre-activation ResNet for 8x8 images of one channel, in three stages of 8x8, 4x4 and 2x2 pixels.
+    """A pre-activation ResNet for 8x8 images, in three stages of 8x8, 4x4 and 2x2 pixels.
 
     Args:
         width: channels of the first stage; doubled by each further one.
         blocks: in each stage.
         classes: to tell apart.
+        channels: of an image.
 
     Example:
         >>> PreActivationResNet()(torch.randn(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
 
-    def __init__(self, width: int = 8, blocks: int = 2, classes: int = 10) -> None:
+    def __init__(self, width: int = 8, blocks: int = 2, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1, bias=False)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
         channels = width
         for stage in range(3):
             for block in range(blocks):
