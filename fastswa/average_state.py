@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastswa.average_sets import AverageSets
 from fastswa.counters import Counters
@@ -83,13 +84,27 @@ def difference(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
         return f"the seed of stochastic rounding is {saved['seed']} in the file and {own['seed']} here"
     for name, sets in own.get("averages", {}).items():
         for here, there in zip(sets, saved["averages"][name], strict=True):
-            found = _tensors(f"average {name!r}", here, there)
+            found = different_tensors(f"average {name!r}", here, there)
             if found:
                 return found
-    return _tensors("copies", own["copies"], saved["copies"]) if "copies" in own else None
+    return different_tensors("copies", own["copies"], saved["copies"]) if "copies" in own else None
 
 
-def _tensors(what: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
+def different_tensors(what: str, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str | None:
+    """The first difference between two sets of named tensors that is no difference of values.
+
+    Args:
+        what: they are.
+        own: that are to be written.
+        saved: to be loaded.
+
+    Returns:
+        The difference in words, or None.
+
+    Example:
+        >>> different_tensors("average", {"bias": torch.zeros(2)}, {})
+        "'bias' of the average is only here"
+    """
     for name in (*own, *saved):
         if name not in own or name not in saved:
             return f"{name!r} of the {what} is only {'in the file' if name in saved else 'here'}"

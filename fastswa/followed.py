@@ -88,8 +88,11 @@ class Selection:
             and all(self._pairs.get(name) is tensor for name, tensor in self._held.items())
         )
 
-    def look(self) -> None:
+    def look(self, advice: str = "accept it by refresh()") -> None:
         """Take up the tensors that now have the names and shapes that are followed.
+
+        Args:
+            advice: what to do about a model that changed, for the error.
 
         Raises:
             ValueError: a tensor appeared, disappeared or changed its shape or kind; names the first. Nothing changed.
@@ -100,13 +103,11 @@ class Selection:
         for name in (*present, *before):
             if name not in present or name not in before:
                 what = "is no longer in the model" if name not in present else "has appeared in the model"
-                raise ValueError(f"{name!r} {what}; accept it by refresh()")
+                raise ValueError(f"{name!r} {what}; {advice}")
         for name, each in before.items():
             shape = tuple(present[name].tensor.shape)
             if shape != tuple(each.tensor.shape):
-                raise ValueError(
-                    f"{name!r} had shape {tuple(each.tensor.shape)} and now has {shape}; accept it by refresh()"
-                )
+                raise ValueError(f"{name!r} had shape {tuple(each.tensor.shape)} and now has {shape}; {advice}")
         self.followed = [present[each.name] for each in self.followed]
         self._watch = self._new_watch()
 

@@ -30,21 +30,35 @@ def swapped_in(selection: Selection, values: Sequence[Tensor], exchange: bool) -
     buffers = () if selection.module is None else selection.module.buffers()
     unfollowed = [buffer for buffer in buffers if id(buffer) not in known]
     done: list[tuple[Tensor, Tensor]] = []
+    with restored([*(own for own, _ in written), *unfollowed]):
+        try:
+            with torch.no_grad():
+                for own, other in exchanged:
+                    _exchange(own, other, done)
+                for own, other in written:
+                    own.copy_(other)
+            yield
+        finally:
+            with torch.no_grad():
+                for own, other in done.copy():
+                    _exchange(own, other, [])
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors their present values back at the end, bit for bit, come what may.
+
+    Args:
+        tensors: of any dtype, that are written meanwhile.
+    """
     with torch.no_grad():
-        kept = [(own, own.clone()) for own in (*(own for own, _ in written), *unfollowed)]
+        kept = [(tensor, tensor.clone()) for tensor in tensors]
     try:
-        with torch.no_grad():
-            for own, other in exchanged:
-                _exchange(own, other, done)
-            for own, other in written:
-                own.copy_(other)
         yield
     finally:
         with torch.no_grad():
-            for own, other in done.copy():
-                _exchange(own, other, [])
-            for own, value in kept:
-                own.copy_(value)
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
 def _exchange(own: Tensor, other: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
