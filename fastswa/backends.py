@@ -162,6 +162,44 @@ def lerp_lists_(averages: Sequence[Tensor], sources: Sequence[Tensor], weight: f
         TorchUpdate(averages, sources, (), (), None).lerp_(weight)
 
 
+@torch.no_grad()
+def combine_(
+    targets: Sequence[Tensor],
+    sources: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float] | Tensor,
+    backend: str = "auto",
+) -> None:
+    """Make each target a weighted sum of its sources: `fastswa_kernels.reference.combine_`, on any device.
+
+    Args:
+        targets: real floating tensors on any devices; written.
+        sources: N lists; sources[k][i] is of the shape of targets[i], on any device.
+        coefficients: N finite floats, or a floating tensor of shape (N,).
+        backend: as `choose` takes it.
+
+    Raises:
+        ValueError, TypeError: as the reference raises them, before anything is written.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+    """
+    from fastswa_kernels.combine_arguments import check_combine
+
+    here: dict[torch.device, list[int]] = {}
+    for index in check_combine(targets, sources, coefficients):
+        here.setdefault(targets[index].device, []).append(index)
+    chosen = {device: choose(backend, device) for device in here}
+    for device, indices in here.items():
+        own, read = [targets[index] for index in indices], [[each[index] for index in indices] for each in sources]
+        if chosen[device] == "triton":
+            from fastswa_kernels import combine_ as fused
+
+            fused(own, read, coefficients)
+        else:
+            from fastswa import torch_combine
+
+            values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+            torch_combine.combine_(own, read, values)
+
+
 def batch_norm_kernels(device: torch.device) -> ModuleType:
     """The code that takes and merges BatchNorm statistics on a device.
 

@@ -36,7 +36,7 @@ LAYERS = [
     {"batch_norm.layers", "batch_norm.moments", "batch_norm.batches", "batch_norm.report"},
     {"rules", "pairing", "watch"},
     {"backends", "warmups"},
-    {"torch_multi_update", "triton_multi_update", "staging"},
+    {"torch_multi_update", "triton_multi_update", "staging", "torch_combine"},
     {"torch_update"},
     {"stretches", "updates"},
     {"flat"},

@@ -13,13 +13,16 @@ from .pairs import FLOAT_DTYPES, check_disjoint, check_shapes, distinct, same_la
 
 def check_combine(
     targets: Sequence[Tensor], sources: Sequence[Sequence[Tensor]], coefficients: Sequence[float] | Tensor
-) -> None:
+) -> list[int]:
     """Refuse what `combine_` can't do right, before anything is written.
 
     Args:
         targets: the tensors to be written.
         sources: lists of the tensors to be read; one for each target in each list, of its shape.
         coefficients: one for each list; the values of a tensor are not read.
+
+    Returns:
+        The indices that remain when a tied target that is listed again, with the same sources, is left out.
 
     Raises:
         ValueError: no list of sources; names the first tensor that differs in number or shape, whose dtype or device is
@@ -47,12 +50,14 @@ def check_combine(
                     f"on {first.device}; all sources of one target have one dtype and device"
                 )
     written, read = [], []
-    for index in distinct(targets, *sources):
+    indices = distinct(targets, *sources)
+    for index in indices:
         written.append((f"targets[{index}]", targets[index]))
         for k, tensors in enumerate(sources):
             if not same_memory(targets[index], tensors[index]):
                 read.append((f"sources[{k}][{index}]", tensors[index]))
     check_disjoint(written, read, "a target may be one of its own sources, and share no other memory")
+    return indices
 
 
 def same_memory(first: Tensor, second: Tensor) -> bool:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..combine_arguments import check_combine
-from ..pairs import distinct
 
 
 @torch.no_grad()
@@ -52,9 +51,9 @@ def combine_(
         Wortsman et al. 2022, Model soups: averaging weights of multiple fine-tuned models improves accuracy without
         increasing inference time, section 2.
     """
-    check_combine(targets, sources, coefficients)
+    indices = check_combine(targets, sources, coefficients)
     values = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
-    for index in distinct(targets, *sources):
+    for index in indices:
         target, terms = targets[index], []
         for tensors, value in zip(sources, values, strict=True):
             if value != 0:
