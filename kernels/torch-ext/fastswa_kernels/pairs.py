@@ -113,12 +113,7 @@ def check_multi_lerp(
         check_shapes(tensors, sources, name)
     check_shapes(copy_to, copy_from, "copy_to", "copy_from")
     for name, tensors in (*zip(names, averages, strict=True), ("sources", sources)):
-        for index, tensor in enumerate(tensors):
-            if tensor.dtype not in FLOAT_DTYPES:
-                raise TypeError(
-                    f"{name}[{index}] is {tensor.dtype}; lerp_ takes float32, bfloat16, float16 and float64. "
-                    "View a complex tensor with torch.view_as_real, copy an integer tensor with copy_."
-                )
+        check_floating(name, tensors, "lerp_")
     for name, tensors in zip(names, averages, strict=True):
         for index, (tensor, first) in enumerate(zip(tensors, averages[0], strict=True)):
             if (tensor.dtype, tensor.device) != (first.dtype, first.device):
@@ -136,6 +131,25 @@ def check_multi_lerp(
         written.append((f"copy_to[{index}]", copy_to[index]))
         read.append((f"copy_from[{index}]", copy_from[index]))
     check_disjoint(written, read, "average into a copy of the weights, not into the weights themselves")
+
+
+def check_floating(name: str, tensors: Sequence[Tensor], function: str) -> None:
+    """Refuse dtypes that no kernel computes with.
+
+    Args:
+        name: what messages call the list.
+        tensors: of the list.
+        function: what it was given to.
+
+    Raises:
+        TypeError: names the first tensor that is not of a supported floating dtype.
+    """
+    for index, tensor in enumerate(tensors):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}[{index}] is {tensor.dtype}; {function} takes float32, bfloat16, float16 and float64. "
+                "View a complex tensor with torch.view_as_real, copy an integer tensor with copy_."
+            )
 
 
 def list_name(k: int, single: bool) -> str:

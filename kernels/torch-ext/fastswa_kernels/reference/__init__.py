@@ -9,5 +9,6 @@ from __future__ import annotations
 from .average import lerp_, multi_lerp_
 from .batch_norm import batch_stats, merge_batch_stats_
 from .combine import combine_
+from .moments import moments_, sample_
 
-__all__ = ["batch_stats", "combine_", "lerp_", "merge_batch_stats_", "multi_lerp_"]
+__all__ = ["batch_stats", "combine_", "lerp_", "merge_batch_stats_", "moments_", "multi_lerp_", "sample_"]
