@@ -97,6 +97,31 @@ def _lerp_variant(
     )
 
 
+def combine() -> Iterator[Variant]:
+    """`combine_kernel` for each pair of dtypes; the number of sources is known at run time only."""
+    from fastswa_kernels import LaunchConfig
+    from fastswa_kernels.combine import specialisation
+    from fastswa_kernels.combine_kernel import combine_kernel
+    from fastswa_kernels.pairs import FLOAT_DTYPES
+
+    aligned = "TARGET, SOURCE, VECTOR"
+    for target, source in itertools.product(FLOAT_DTYPES, FLOAT_DTYPES):
+        constants = specialisation(target, source)
+        vector, block = 16 // max(target.itemsize, source.itemsize), constants["BLOCK"]
+        yield Variant(
+            combine_kernel,
+            f"{str(target)[6:]} <- {str(source)[6:]}",
+            {"table": "*i64", "aligned_rows": "i32", "rows": "i32", "coefficients": "*fp64", "sources": "i32"},
+            constants,
+            LaunchConfig().num_warps,
+            [
+                Access("load", "tl.load(source", aligned, vector * source.itemsize, block * source.itemsize),
+                Access("store", "tl.store(target", aligned, vector * target.itemsize, block * target.itemsize),
+            ],
+            aligned=("table",),
+        )
+
+
 def merge_batch_stats() -> Iterator[Variant]:
     """`merge_batch_stats_kernel` for each dtype of a batch's statistics."""
     from fastswa_kernels.batch_norm_kernel import MERGE_BLOCK, NUM_WARPS, merge_batch_stats_kernel
@@ -163,6 +188,7 @@ def merge_partials() -> Iterator[Variant]:
 KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (
     lerp,
     multi_lerp,
+    combine,
     merge_batch_stats,
     batch_stats,
     merge_partials,

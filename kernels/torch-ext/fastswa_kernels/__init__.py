@@ -16,6 +16,7 @@ from .table import LaunchConfig, refusal
 if TYPE_CHECKING:
     from .average import LerpTable, lerp_
     from .batch_norm import batch_stats, merge_batch_stats_
+    from .combine import combine_
     from .multi_average import MultiLerpTable, multi_lerp_
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MultiLerpTable",
     "StochasticRounding",
     "batch_stats",
+    "combine_",
     "lerp_",
     "merge_batch_stats_",
     "multi_lerp_",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "multi_lerp_": ".multi_average",
     "batch_stats": ".batch_norm",
     "merge_batch_stats_": ".batch_norm",
+    "combine_": ".combine",
 }
 
 

@@ -148,19 +148,48 @@ def _rows(
     in_bytes: bool,
 ) -> npt.NDArray[np.int64]:
     count = np.array([tensor.nbytes if in_bytes else tensor.numel() for tensor in sources], dtype=np.int64)
-    chunks = -(-count // chunk)
-    tensor_of_row = np.repeat(np.arange(len(sources)), chunks)
-    first = (np.arange(len(tensor_of_row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
-
-    def addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-        start = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-        step = np.array([1 if in_bytes else tensor.element_size() for tensor in tensors], dtype=np.int64)
-        return np.asarray(start[tensor_of_row] + first * step[tensor_of_row])
-
+    tensor_of_row, first = cut(count, chunk)
     rows = np.empty((len(tensor_of_row), 3 + len(targets)), dtype=np.int64)
-    rows[:, 0] = addresses(sources)
+    rows[:, 0] = addresses(sources, tensor_of_row, first, in_bytes)
     rows[:, 1] = np.minimum(chunk, count[tensor_of_row] - first)
     rows[:, 2] = np.array(first_elements, dtype=np.int64)[tensor_of_row] + first
     for column, tensors in enumerate(targets, 3):
-        rows[:, column] = addresses(tensors)
+        rows[:, column] = addresses(tensors, tensor_of_row, first, in_bytes)
     return rows
+
+
+def cut(counts: npt.NDArray[np.int64], chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tensors in chunks, one for each row of a table.
+
+    Args:
+        counts: elements of each tensor.
+        chunk: the most elements a row may have.
+
+    Returns:
+        For each row the number of its tensor, and of the row's first element in that tensor.
+    """
+    chunks = -(-counts // chunk)
+    tensor_of_row = np.repeat(np.arange(len(counts)), chunks)
+    return tensor_of_row, (np.arange(len(tensor_of_row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
+
+
+def addresses(
+    tensors: Sequence[Tensor],
+    tensor_of_row: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    in_bytes: bool = False,
+) -> npt.NDArray[np.int64]:
+    """Where each row of a table starts in memory.
+
+    Args:
+        tensors: that `cut` cut.
+        tensor_of_row: the number of each row's tensor.
+        first: the number of each row's first element.
+        in_bytes: elements were counted in bytes.
+
+    Returns:
+        An address for each row.
+    """
+    start = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+    step = np.array([1 if in_bytes else tensor.element_size() for tensor in tensors], dtype=np.int64)
+    return np.asarray(start[tensor_of_row] + first * step[tensor_of_row])
