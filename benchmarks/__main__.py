@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "train on scikit-learn's digits: SGD, SWA and EMA side by side",
+    "train": "train a network by SGD, with SWA, EMA and SWAG, with the settings of the SWA paper's authors",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
     "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",

@@ -1,0 +1,202 @@
+"""What determines a training run's numbers: the options, their defaults for each network and dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import Any
+
+from benchmarks.networks import TRAINED
+from benchmarks.training.datasets import NAMES
+
+SCHEDULES = ("constant", "cyclical")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What suits a network.
+
+    Args:
+        epochs: the budget, in which SGD trains it.
+        swa_epochs: of a run with SWA.
+        lr_init: the first learning rate.
+        weight_decay: of all parameters.
+        swa_start: the first epoch after which SWA takes a model, counted from 1.
+        swa_lr: the learning rate while models are averaged.
+        batch_size: images of a batch.
+        eval_every: epochs between tests; the average's BatchNorm pass takes a good part of an epoch.
+    """
+
+    epochs: int
+    swa_epochs: int
+    lr_init: float
+    weight_decay: float
+    swa_start: int
+    swa_lr: float
+    batch_size: int = 128
+    eval_every: int = 5
+
+
+_VGG = Settings(epochs=200, swa_epochs=300, lr_init=0.05, weight_decay=5e-4, swa_start=161, swa_lr=0.01)
+_PRERESNET = Settings(epochs=150, swa_epochs=225, lr_init=0.1, weight_decay=3e-4, swa_start=126, swa_lr=0.05)
+_WIDE = Settings(epochs=200, swa_epochs=300, lr_init=0.1, weight_decay=5e-4, swa_start=161, swa_lr=0.05)
+
+SETTINGS = {
+    # The demo's batches, rates and epochs; the last quarter is averaged, and SWA gets no more epochs than SGD.
+    "digits": Settings(60, 60, 0.1, 5e-4, swa_start=46, swa_lr=0.05, batch_size=16, eval_every=1),
+    "preresnet20": _PRERESNET,
+    "preresnet110": _PRERESNET,
+    "preresnet164": _PRERESNET,
+    "vgg16": _VGG,
+    "vgg16bn": _VGG,
+    "wrn28x10": _WIDE,
+}
+"""The settings of the SWA authors' script, with 1.5 budgets for SWA; of preresnet20 and vgg16bn by analogy."""
+
+CYCLICAL = "swa_schedule='cyclical'"
+
+NEEDS = {
+    **dict.fromkeys(("swa_start", "swa_lr", "swa_schedule", "swag"), "swa"),
+    **dict.fromkeys(("swa_lr_min", "cycle"), CYCLICAL),
+    **dict.fromkeys(("swag_rank", "swag_samples"), "swag"),
+}
+"""Options that mean nothing without another."""
+
+
+def settings(model: str, dataset: str) -> Settings:
+    """What suits a network on a dataset.
+
+    Args:
+        model: a key of `SETTINGS`.
+        dataset: one of `datasets.NAMES`.
+    """
+    own = SETTINGS[model]
+    if dataset == "digits":
+        # Rates and decay are the network's, what counts images and epochs is the dataset's.
+        return replace(SETTINGS["digits"], lr_init=own.lr_init, weight_decay=own.weight_decay, swa_lr=own.swa_lr)
+    return replace(own, swa_lr=0.01) if dataset == "cifar10" and own is _PRERESNET else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A run. On a CPU two runs with equal options, dataset and number of threads are equal bit for bit.
+
+    Args:
+        dataset: one of `datasets.NAMES`.
+        model: a key of `networks.TRAINED`.
+        epochs: of the whole run.
+        batch_size: images of a batch.
+        lr_init: the first learning rate.
+        momentum: of SGD.
+        weight_decay: of all parameters.
+        swa: average models of the run's end.
+        swa_start: the first epoch whose models are averaged, counted from 1.
+        swa_lr: the learning rate from 0.9 `swa_start` on; the highest of a cycle.
+        swa_schedule: "constant": a model is taken after each epoch; "cyclical": at each cycle's lowest rate.
+        swa_lr_min: the lowest rate of a cycle.
+        cycle: its length in iterations; 0 for an epoch's.
+        ema_decay: of an exponential average over all iterations; None for no such average.
+        swag: collect the models that SWA takes in a `fastswa.SWAG` too, and test its ensemble after the last epoch.
+        swag_rank: deviations that it keeps.
+        swag_samples: networks of the ensemble.
+        eval_every: epochs between tests; the first and the last are always tested.
+        seed: of the weights, batches and dropout.
+        amp: bfloat16 where torch.autocast finds it safe.
+        channels_last: the memory format of weights and images.
+
+    Raises:
+        ValueError: an option that can't be; named.
+    """
+
+    dataset: str
+    model: str
+    epochs: int
+    batch_size: int
+    lr_init: float
+    momentum: float = 0.9
+    weight_decay: float
+    swa: bool = False
+    swa_start: int
+    swa_lr: float
+    swa_schedule: str = "constant"
+    swa_lr_min: float
+    cycle: int = 0
+    ema_decay: float | None = None
+    swag: bool = False
+    swag_rank: int = 20
+    swag_samples: int = 30
+    eval_every: int
+    seed: int = 0
+    amp: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("model", self.model, tuple(TRAINED))
+        _choice("swa_schedule", self.swa_schedule, SCHEDULES)
+        for name, least, most in (
+            *(("epochs", 1, inf), ("batch_size", 1, inf), ("lr_init", 0, inf), ("momentum", 0, 1)),
+            *(("weight_decay", 0, inf), ("swa_lr", 0, inf), ("swa_lr_min", 0, self.swa_lr), ("cycle", 0, inf)),
+            *(("ema_decay", 0, 1), ("swag_rank", 2, inf), ("swag_samples", 1, inf)),
+            *(("eval_every", 1, inf), ("seed", 0, inf)),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be between {least} and {most}, got {value}")
+        if self.swa and not 1 <= self.swa_start <= self.epochs:
+            raise ValueError(f"swa_start must be one of the {self.epochs} epochs, got {self.swa_start}")
+
+    @classmethod
+    def of(cls, dataset: str, model: str | None = None, **given: Any) -> Options:
+        """Options with the defaults that suit the dataset and the network.
+
+        Args:
+            dataset: one of `datasets.NAMES`.
+            model: a key of `networks.TRAINED`; "digits" for digits and "preresnet164" for CIFAR if left out.
+            **given: other options than the defaults.
+
+        Raises:
+            ValueError: an option that can't be, or one that means nothing without another; named.
+
+        Example:
+            >>> options = Options.of("cifar100", "vgg16", swa=True)
+            >>> options.epochs, options.swa_start, options.swa_lr
+            (300, 161, 0.01)
+        """
+        _choice("dataset", dataset, NAMES)
+        model = model or ("digits" if dataset == "digits" else "preresnet164")
+        _choice("model", model, tuple(TRAINED))
+        suits = settings(model, dataset)
+        shared = {field.name: getattr(suits, field.name) for field in fields(suits) if field.name != "swa_epochs"}
+        if given.get("swa"):
+            shared["epochs"] = suits.swa_epochs
+        # From 0.05 to 0.01, as in Fast Geometric Ensembling's public commands; the SWA script has no cycles.
+        shared["swa_lr_min"] = given.get("swa_lr", suits.swa_lr) / 5
+        options = cls(dataset=dataset, model=model, **{**shared, **given})
+        present = {"swa": options.swa, "swag": options.swag, CYCLICAL: options.swa_schedule == "cyclical"}
+        for name in given:
+            if name in NEEDS and not present[NEEDS[name]]:
+                raise ValueError(f"{name} means nothing without {NEEDS[name]}")
+        return options
+
+
+def disagreement(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first option that a checkpoint has otherwise, in words.
+
+    Args:
+        saved: of the checkpoint.
+        wanted: all options, or only those that were given.
+
+    Example:
+        >>> disagreement({"epochs": 60, "seed": 0}, {"seed": 1})
+        'seed is 0 in the checkpoint and 1 here'
+    """
+    for name, value in wanted.items():
+        if name not in saved or saved[name] != value:
+            return f"{name} is {saved.get(name, 'missing')} in the checkpoint and {value} here"
+    return None
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
