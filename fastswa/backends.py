@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastswa.flat import FlatBuffers
-from fastswa.staging import Several, Staged
-from fastswa.updates import MultiUpdate, Update
+from fastswa.prepared import torch_moments, torch_sets, torch_update, triton_moments, triton_sets, triton_update
+from fastswa.staging import Several, Staged, StagedMoments
+from fastswa.updates import Moments, MultiUpdate, Update
 
 Backend = Literal["auto", "triton", "torch"]
-
-_Pairs = list[tuple[Tensor, Tensor]]
 
 _log = logging.getLogger("fastswa")
 
@@ -94,7 +93,7 @@ def prepare(
     for device in dict.fromkeys(tensor.device for tensor in (*averages, *copy_to)):
         lerps = [pair for pair in zip(averages, sources, strict=True) if pair[0].device == device]
         copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
-        make = _triton_update if choose(backend, device) == "triton" else _torch_update
+        make = triton_update if choose(backend, device) == "triton" else torch_update
         updates.append(make(lerps, copies, flat))
     return updates[0] if len(updates) == 1 else Several(updates)
 
@@ -131,7 +130,7 @@ def prepare_sets(
         here = [index for index, average in enumerate(averages[0]) if average.device == device]
         copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
         own = [[each[index] for index in here] for each in averages]
-        make = _triton_sets if choose(backend, device) == "triton" else _torch_sets
+        make = triton_sets if choose(backend, device) == "triton" else torch_sets
         updates.append(make(own, [sources[index] for index in here], copies, flats, flat_copies))
     return updates[0] if len(updates) == 1 else Several(updates)
 
@@ -200,6 +199,81 @@ def combine_(
             torch_combine.combine_(own, read, values)
 
 
+def prepare_moments(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    deviations: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    backend: str = "auto",
+) -> Moments:
+    """Choose the code for each device that holds running moments, and let it prepare.
+
+    Args:
+        means: real floating tensors, dense in memory; written.
+        variances: one for each mean, of its dtype, device and layout; written.
+        deviations: the slots of a ring, lists like the variances; an update writes one of them or none.
+        sources: one for each mean; any floating dtype, strides and device; read.
+        backend: as `choose` takes it.
+
+    Returns:
+        The prepared update, which holds addresses: keep the tensors.
+
+    Raises:
+        ValueError, TypeError: as `fastswa_kernels.reference.moments_` raises them.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+    """
+    from fastswa_kernels.moments_arguments import check_moments, named
+
+    check_moments(means, variances, sources, named(deviations))
+    staged, moments = Staged(), []
+    for device in dict.fromkeys(mean.device for mean in means):
+        here = [index for index, mean in enumerate(means) if mean.device == device]
+        own_variances, *ring = [[tensors[index] for index in here] for tensors in (variances, *deviations)]
+        make = triton_moments if choose(backend, device) == "triton" else torch_moments
+        moments.append(make(staged, [(means[index], sources[index]) for index in here], own_variances, ring))
+    return StagedMoments(staged, moments)
+
+
+def sample_(
+    targets: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    deviations: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[float] | Tensor,
+    diagonal: float,
+    *,
+    seed: int,
+    step: int,
+    backend: str = "auto",
+) -> None:
+    """Draw weights from their running moments: `fastswa_kernels.reference.sample_`, on any device.
+
+    One code serves the whole list, whose elements are numbered through: Triton's if it can run wherever the means are.
+
+    Args:
+        targets: real floating tensors on any devices; written.
+        means, variances, deviations, coefficients, diagonal, seed, step: as the reference takes them.
+        backend: as `choose` takes it.
+
+    Raises:
+        ValueError, TypeError: as the reference raises them, before anything is written.
+        RuntimeError: "triton" was asked for by name and can't run; says why.
+    """
+    from fastswa_kernels.moments_arguments import check_sample
+
+    check_sample(targets, means, variances, deviations, coefficients, diagonal)
+    chosen = {choose(backend, mean.device) for mean in means}
+    if chosen == {"triton"}:
+        from fastswa_kernels import sample_ as fused
+
+        fused(targets, means, variances, deviations, coefficients, diagonal, seed=seed, step=step)
+    else:
+        from fastswa import torch_moments
+
+        factors = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
+        torch_moments.sample_(targets, means, variances, deviations, factors, diagonal, seed, step)
+
+
 def batch_norm_kernels(device: torch.device) -> ModuleType:
     """The code that takes and merges BatchNorm statistics on a device.
 
@@ -216,60 +290,3 @@ def batch_norm_kernels(device: torch.device) -> ModuleType:
     from fastswa_kernels import reference
 
     return reference
-
-
-def _triton_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
-    from fastswa_kernels import LerpTable
-
-    staged, averages = Staged(), [to for to, _ in lerps]
-    return staged.before(LerpTable(averages, *_readable(staged, lerps, copies)))
-
-
-def _torch_update(lerps: _Pairs, copies: _Pairs, flat: FlatBuffers) -> Update:
-    from fastswa.torch_update import TorchUpdate
-
-    staged, averages = Staged(), [to for to, _ in lerps]
-    sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
-    return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
-
-
-def _triton_sets(
-    averages: list[list[Tensor]], sources: list[Tensor], copies: _Pairs, _: object, __: object
-) -> MultiUpdate:
-    from fastswa.triton_multi_update import TritonMultiUpdate
-
-    staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
-    return staged.before(TritonMultiUpdate(averages, *_readable(staged, lerps, copies)))
-
-
-def _torch_sets(
-    averages: list[list[Tensor]],
-    sources: list[Tensor],
-    copies: _Pairs,
-    flats: Sequence[FlatBuffers],
-    flat_copies: FlatBuffers,
-) -> MultiUpdate:
-    from fastswa.torch_multi_update import TorchMultiUpdate
-
-    staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
-    sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
-    return staged.before(TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies))
-
-
-def _readable(staged: Staged, lerps: _Pairs, copies: _Pairs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What a table of addresses takes beside the averages: sources, targets of copies, their sources."""
-    from fastswa_kernels.table import layout_refusal
-
-    sources = staged.replace(lerps, lambda to, origin: layout_refusal(to, origin) is not None, keep_dtype=True)
-    copy_from = staged.replace(
-        copies, lambda to, origin: to.dtype != origin.dtype or layout_refusal(to, origin) is not None, keep_dtype=False
-    )
-    return sources, [to for to, _ in copies], copy_from
-
-
-def _elsewhere(to: Tensor, origin: Tensor) -> bool:
-    return to.device != origin.device
-
-
-def _columns(pairs: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
-    return [to for to, _ in pairs], [origin for _, origin in pairs]

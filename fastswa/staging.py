@@ -38,9 +38,33 @@ class Staged:
         self._update = update
         return cast("_AnyUpdate", self) if self._to else update
 
+    def copy_(self) -> None:
+        """Make the copies, if there are any."""
+        if self._to:
+            torch._foreach_copy_(self._to, self._origin)
+
     def lerp_(self, *arguments: Any) -> None:
-        torch._foreach_copy_(self._to, self._origin)
+        self.copy_()
         self._update.lerp_(*arguments)
+
+
+class StagedMoments:
+    """Running moments on one or several devices, as one, with the copies that they need before.
+
+    Args:
+        staged: the copies.
+        moments: take a weight and a slot, for each device.
+    """
+
+    def __init__(self, staged: Staged, moments: Sequence[Callable[[float, int | None], None]]) -> None:
+        self._staged = staged
+        self._moments = moments
+
+    @torch.no_grad()
+    def update_(self, weight: float, slot: int | None) -> None:
+        self._staged.copy_()
+        for moments_ in self._moments:
+            moments_(weight, slot)
 
 
 class Several:

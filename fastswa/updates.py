@@ -23,3 +23,10 @@ class MultiUpdate(Protocol):
 
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
         """Move each set towards the sources by its weight, and make the copies; nothing where `skip` is not zero."""
+
+
+class Moments(Protocol):
+    """Running moments of fixed tensors, prepared to take one model after another."""
+
+    def update_(self, weight: float, slot: int | None) -> None:
+        """Take the sources' present values by `weight`, and write their deviations into a slot of the ring, or none."""
