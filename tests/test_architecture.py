@@ -25,7 +25,10 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 LAYERS = [
     {"__main__"},
     {"__init__"},
-    {"synthesis"},
+    {"synthesis", "plane"},
+    {"plane.weight_plane", "plane.drawing"},
+    {"plane.evaluation", "plane.labels", "plane.levels"},
+    {"plane.geometry", "plane.grid", "plane.weights"},
     {"averaged_model", "weight_averages", "batch_norm", "schedulers"},
     {"average_state"},
     {"average_sets", "counters", "swap", "execution"},
