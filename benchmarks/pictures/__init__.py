@@ -1,0 +1,1 @@
+"""Pictures of the measurements, drawn from the committed CSV files alone."""
