@@ -10,10 +10,12 @@ from fastswa.averaging_functions import (
     get_swa_multi_avg_fn,
 )
 from fastswa.batch_norm import BNUpdateReport, update_bn
+from fastswa.ensemble import average_predictions
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
 from fastswa.rules import EMA, SWA
 from fastswa.schedulers import SWALR, CyclicalSWALR
+from fastswa.swag import SWAG
 from fastswa.synthesis import Snapshot, synthesize
 from fastswa.warmups import AnnealingWarmup, ExponentialWarmup, HalfLifeWarmup, InversePowerWarmup, RatioWarmup
 from fastswa.weight_averages import WeightAverages
@@ -24,6 +26,7 @@ __all__ = [
     "EMA",
     "LAWA",
     "SWA",
+    "SWAG",
     "SWALR",
     "AnnealingWarmup",
     "AveragedModel",
@@ -36,6 +39,7 @@ __all__ = [
     "RatioWarmup",
     "Snapshot",
     "WeightAverages",
+    "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
