@@ -10,8 +10,11 @@ from importlib import import_module
 COMMANDS = {
     "demo": "train on scikit-learn's digits: SGD, SWA and EMA side by side",
     "train": "train a network by SGD, with SWA, EMA and SWAG, with the settings of the SWA paper's authors",
+    "methods": "compare SGD, SWA with a constant and a cyclical rate, EMA and SWAG on digits, over seeds",
+    "plane": "draw the SWA paper's figure for digits: the loss on the plane of three models that SWA averages",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
     "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
+    "report": "draw the pictures of the measurements from the committed CSV files",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",
 }

@@ -201,8 +201,8 @@ def test_cyclical_collections_are_at_the_lowest_rate(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("schedule", ["constant", "cyclical"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
     monkeypatch.setitem(networks.TRAINED, "digits", WithDropout)
-    cyclical = {"cycle": 7} if schedule == "cyclical" else {}
-    options = Options.of("digits", epochs=5, ema_decay=0.9, swa=True, swa_start=2, swa_schedule=schedule, **cyclical)
+    others = {"cycle": 7} if schedule == "cyclical" else {"swag": True, "swag_rank": 2, "swag_samples": 2}
+    options = Options.of("digits", epochs=5, ema_decay=0.9, swa=True, swa_start=2, swa_schedule=schedule, **others)
     dataset = images_for(options)
     uninterrupted = train(options, dataset, output=tmp_path / "whole")
 

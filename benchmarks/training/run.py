@@ -151,7 +151,7 @@ class Run:
     def _test(self, epoch: int) -> dict[str, float]:
         """Losses and accuracies on the test set, by their columns in a row."""
         images = self._batches(augmentation.statistics_batches, epoch)
-        tests = augmentation.test_batches(self.dataset, self.options.batch_size, self.memory_format)
+        tests = augmentation.test_batches(self.dataset, max(128, self.options.batch_size), self.memory_format)
         with self._precision():
             scores = {"test": evaluate(self.model, tests, self.device)}
             for name, average in self.averages.recomputed(images):
