@@ -11,18 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa import SWAG, average_predictions, update_bn
-from tests.models import ConvNet, train_step
-from tests.test_swag_state import same, values
+from tests.models import ConvNet
+from tests.swag import same, trained, values
 
 SAMPLES = 4
-
-
-def trained(model: nn.Module) -> SWAG:
-    swag = SWAG(model, rank=4)
-    for _ in range(5):
-        train_step(model)
-        swag.collect()
-    return swag
 
 
 def seeded() -> torch.Generator:

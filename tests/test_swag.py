@@ -1,51 +1,17 @@
-"""SWAG's moments against numpy in float64, and its samples against the Gaussian they are to come from."""
+"""SWAG's moments against numpy in float64, and which tensors have them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastswa import SWA, SWAG, WeightAverages
 from tests.models import ComplexNet, ConvNet, TiedNet, train_step
-
-
-def vector(tensors: list[Tensor]) -> np.ndarray:
-    """All values in float64, one tensor after another."""
-    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors]).numpy()
-
-
-def parameters(model: nn.Module) -> np.ndarray:
-    return vector(list(model.parameters()))
-
-
-def held(swag: SWAG, key: str, slot: int | None = None) -> np.ndarray:
-    """Mean, variance or a deviation, in the order of the model's parameters."""
-    assert swag.module is not None
-    found = swag.state_dict()[key] if slot is None else swag.state_dict()[key][slot]
-    return vector([found[name] for name, _ in swag.module.named_parameters()])
-
-
-def trained(
-    model: nn.Module, steps: int, step: Callable[[nn.Module], None] = train_step, **options: object
-) -> tuple[SWAG, np.ndarray]:
-    """A SWAG of a random walk, and the walk, one model a row."""
-    swag = SWAG(model, **options)
-    models = []
-    for _ in range(steps):
-        step(model)
-        swag.collect()
-        models.append(parameters(model))
-    return swag, np.stack(models)
-
-
-def twelve() -> nn.Module:
-    """Twelve parameters in two tensors."""
-    return nn.Linear(3, 3)
+from tests.swag import held, parameters, twelve, walked
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -54,7 +20,7 @@ def test_the_moments_follow_float64_around_the_ring(dtype: torch.dtype, backend:
     # The interpreter takes milliseconds for each tensor.
     model = ConvNet() if backend == "torch" else nn.Linear(5, 3)
     steps, rank = 23, 5
-    swag, models = trained(model, steps, rank=rank, dtype=dtype, backend=backend)
+    swag, models = walked(model, steps, rank=rank, dtype=dtype, backend=backend)
     # Each update adds at most 2 roundings of a value below the largest to the mean. A variance and a deviation are made
     # of differences from means that are off by as much; twice the largest bounds a difference, its square a variance.
     largest = max(np.abs(models).max(), 1)
@@ -69,7 +35,7 @@ def test_the_moments_follow_float64_around_the_ring(dtype: torch.dtype, backend:
 
 
 def test_before_the_ring_is_full_it_holds_a_deviation_for_each_model() -> None:
-    swag, models = trained(twelve(), 3, rank=20, dtype=torch.float64)
+    swag, models = walked(twelve(), 3, rank=20, dtype=torch.float64)
     assert swag.columns == len(swag.state_dict()["deviations"]) == 3
     assert (held(swag, "deviations", 0) == 0).all()
     assert np.allclose(held(swag, "deviations", 2), models[2] - models.mean(0), rtol=0, atol=1e-14)
@@ -82,7 +48,7 @@ def test_a_small_variance_beside_a_large_mean() -> None:
         with torch.no_grad():
             weight.normal_(1, 1e-4)
 
-    swag, models = trained(nn.ParameterDict({"weight": weight}), 100, step)
+    swag, models = walked(nn.ParameterDict({"weight": weight}), 100, step)
     exact = models.var(0)
     # A mean that is off by 2^-24 is, of a standard deviation of 1e-4, 6e-4: a relative error of 1.2e-3 in the squares.
     # The errors of 100 updates are a random walk of at most 10 such steps, weighted by 1/100 and less.
@@ -108,119 +74,9 @@ def test_start_and_every_are_those_of_the_rules(start: int, every: int) -> None:
         assert torch.allclose(tensor, averages.weights()[name], rtol=0, atol=1e-5)
 
 
-def samples(swag: SWAG, count: int, **options: object) -> np.ndarray:
-    """Samples of the followed model, one a row."""
-    assert swag.module is not None
-    generator = torch.Generator().manual_seed(5)
-    rows = []
-    for _ in range(count):
-        swag.sample_(generator=generator, **options)
-        rows.append(parameters(swag.module))
-    return np.stack(rows)
-
-
-@pytest.mark.parametrize(("rank", "diagonal_only", "scale"), [(20, False, 1.0), (3, False, 0.25), (3, True, 1.0)])
-def test_samples_have_the_mean_and_the_covariance_of_the_paper(rank: int, diagonal_only: bool, scale: float) -> None:
-    steps, count = 7, 2000
-    swag, models = trained(twelve(), steps, rank=rank)
-    deviations = np.stack([models[index] - models[: index + 1].mean(0) for index in range(steps)])[-rank:]
-    columns = min(rank, steps)
-    covariance = np.diag(models.var(0))
-    if not diagonal_only:
-        covariance = covariance / 2 + deviations.T @ deviations / (2 * (columns - 1))
-    covariance *= scale
-    drawn = samples(swag, count, diagonal_only=diagonal_only, scale=scale)
-    variance = np.diag(covariance)
-    # Standard errors of a mean and of a covariance of normal numbers. 5 of them are passed once in 1.7 million times,
-    # and there are 12 and 78; a covariance without its factors would be off by tens of them.
-    mean_error = 5 * np.sqrt(variance / count)
-    covariance_error = 5 * np.sqrt((np.outer(variance, variance) + covariance**2) / count)
-    assert (np.abs(drawn.mean(0) - models.mean(0)) < mean_error).all()
-    distance = drawn - models.mean(0)
-    assert (np.abs(distance.T @ distance / count - covariance) < covariance_error).all()
-    # The columns are seen at all: without them the covariances would be too small by this many standard errors.
-    beside = np.abs(covariance - np.diag(variance)) / covariance_error
-    assert diagonal_only or beside.max() > 2
-
-
-def test_the_parts_of_a_sample() -> None:
-    swag, models = trained(twelve(), 9, rank=4, dtype=torch.float64)
-    model = swag.module
-
-    def sample(**options: object) -> np.ndarray:
-        other = twelve().double()
-        swag.sample_(other, generator=torch.Generator().manual_seed(3), **options)
-        return parameters(other) - models.mean(0)
-
-    before = parameters(model)
-    diagonal, full = sample(diagonal_only=True), sample()
-    assert (parameters(model) == before).all()
-    # One generator state gives one z_1 and one z_2, whatever the scale.
-    assert np.allclose(sample(scale=9.0), 3 * full, rtol=0, atol=1e-14)
-    assert np.allclose(sample(scale=9.0, diagonal_only=True), 3 * diagonal, rtol=0, atol=1e-14)
-    assert np.allclose(sample(scale=0.0), 0, rtol=0, atol=1e-15)
-    # Beside the diagonal part, with its 1/2, there is nothing but the columns of D.
-    columns = np.stack([held(swag, "deviations", slot) for slot in range(4)], axis=1)
-    rest = full - math.sqrt(1 / 2) * diagonal
-    coefficients, *_ = np.linalg.lstsq(columns, rest, rcond=None)
-    # float64 roundings of numbers below 1.
-    assert np.allclose(columns @ coefficients, rest, rtol=0, atol=1e-13)
-    assert (np.abs(coefficients * math.sqrt(2 * 3)) < 5).all()
-    assert np.abs(rest).max() > 0.01
-
-
-def test_the_generator_decides_and_goes_on() -> None:
-    swag, _ = trained(twelve(), 5)
-
-    def two(generator: torch.Generator | None) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for _ in range(2):
-            swag.sample_(generator=generator)
-            found.append(parameters(swag.module))
-        return found[0], found[1]
-
-    first, second = two(torch.Generator().manual_seed(1))
-    assert (first != second).all()
-    again = two(torch.Generator().manual_seed(1))
-    assert (first == again[0]).all()
-    assert (second == again[1]).all()
-    assert (first != two(torch.Generator().manual_seed(2))[0]).all()
-    # Without one, torch's own is drawn from.
-    torch.manual_seed(1)
-    assert (two(None)[1] == second).all()
-
-
-def test_one_model_or_one_column_is_refused() -> None:
-    model = twelve()
-    swag, narrow, diagonal = SWAG(model), SWAG(model, rank=1), SWAG(model, rank=0)
-    before = parameters(model)
-    with pytest.raises(RuntimeError, match="no model was collected"):
-        swag.mean_()
-    for models in range(2):
-        assert f"{models} were collected" in swag.refusal()
-        for refused in (swag.sample_, swag.sampled().__enter__, lambda: diagonal.sample_(diagonal_only=True)):
-            with pytest.raises(RuntimeError, match=f"two models at least have a spread, and {models} were collected"):
-                refused()
-        assert (parameters(model) == before).all()
-        for each in (swag, narrow, diagonal):
-            each.collect()
-    train_step(model)
-    for each in (narrow, diagonal):
-        each.collect()
-        before = parameters(model)
-        with pytest.raises(RuntimeError, match=rf"needs K >= 2 deviations, and rank={each.rank} keeps {each.columns}"):
-            each.sample_()
-        assert (parameters(model) == before).all()
-        assert each.refusal(diagonal_only=True) is None
-        each.sample_(diagonal_only=True)
-        assert (parameters(model) != before).all()
-    with pytest.raises(ValueError, match="scale must be at least 0 and finite, got -1"):
-        diagonal.sample_(diagonal_only=True, scale=-1)
-
-
 def test_what_is_tied_is_sampled_once() -> None:
     model = TiedNet()
-    swag, _ = trained(model, 4)
+    swag, _ = walked(model, 4)
     assert "head.weight" not in swag.state_dict()["mean"]
     swag.sample_()
     assert model.head.weight is model.embedding.weight
@@ -242,7 +98,7 @@ def test_frozen_parameters_buffers_and_layouts_stay() -> None:
         with torch.no_grad():
             model.head.bias.copy_(frozen)
 
-    swag, models = trained(model, 6, step)
+    swag, models = walked(model, 6, step)
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     frozen = model.head.bias.clone()
     swag.sample_()
@@ -274,7 +130,7 @@ def test_a_part_of_a_model() -> None:
 
 def test_integer_parameters_are_left_alone() -> None:
     places = nn.Parameter(torch.arange(3), requires_grad=False)
-    swag, _ = trained(nn.ParameterDict({"weight": nn.Parameter(torch.zeros(4)), "places": places}), 3)
+    swag, _ = walked(nn.ParameterDict({"weight": nn.Parameter(torch.zeros(4)), "places": places}), 3)
     assert swag.state_dict()["mean"].keys() == {"weight"}
     swag.sample_()
     swag.mean_()
@@ -284,7 +140,7 @@ def test_integer_parameters_are_left_alone() -> None:
 
 def test_a_bfloat16_model_has_float32_moments() -> None:
     model = ConvNet().bfloat16()
-    swag, models = trained(model, 8)
+    swag, models = walked(model, 8)
     assert {tensor.dtype for tensor in swag.state_dict()["mean"].values()} == {torch.float32}
     largest = np.abs(models).max()
     # 8 updates of two float32 roundings each: no bfloat16 rounding is in it.

@@ -1,4 +1,4 @@
-"""SWAG saved, loaded, copied, beside a model that changes, and what is put back."""
+"""SWAG saved, loaded and copied, and beside a model that changes."""
 
 from __future__ import annotations
 
@@ -6,55 +6,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import fastswa.execution
-from fastswa import SWAG, update_bn
+from fastswa import SWAG
 from tests.models import ConvNet, TiedNet, train_step
-
-
-def trained(model: nn.Module, steps: int = 5, **options: object) -> SWAG:
-    swag = SWAG(model, **{"rank": 4, **options})
-    for _ in range(steps):
-        train_step(model)
-        swag.collect()
-    return swag
-
-
-def save_and_load(swag: SWAG) -> dict[str, object]:
-    file = io.BytesIO()
-    torch.save(swag.state_dict(), file)
-    file.seek(0)
-    return torch.load(file)
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def contents(swag: SWAG) -> dict[str, object]:
-    return copy.deepcopy(swag.state_dict())
-
-
-def same(one: object, other: object) -> bool:
-    """Equal in everything, bit for bit."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def sample(swag: SWAG, model: nn.Module) -> dict[str, Tensor]:
-    target = copy.deepcopy(model)
-    swag.sample_(target, generator=torch.Generator().manual_seed(1))
-    return values(target)
+from tests.swag import contents, same, sample, save_and_load, trained, values
 
 
 @pytest.mark.parametrize("saved_after", [0, 2, 4, 7, 11])
@@ -127,51 +86,6 @@ def test_another_state_is_refused_and_nothing_changes(what: str) -> None:
     swag.collect()
 
 
-def test_a_sample_is_undone_bit_for_bit() -> None:
-    model = ConvNet()
-    swag = trained(model)
-    train_step(model)
-    before, moments = values(model), contents(swag)
-    addresses = [tensor.data_ptr() for tensor in model.parameters()]
-    expected = sample(swag, model)
-    for error in (None, RuntimeError("body"), KeyboardInterrupt()):
-        generator = torch.Generator().manual_seed(1)
-        with nullcontext() if error is None else pytest.raises(type(error)), swag.sampled(generator=generator):
-            assert same(values(model), expected)
-            update_bn([torch.randn(4, 1, 8, 8) for _ in range(2)], model)
-            assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
-            swag.sample_(generator=generator)
-            assert not torch.equal(model.hidden.weight, expected["hidden.weight"])
-            if error is not None:
-                raise error
-        assert same(values(model), before)
-        assert addresses == [tensor.data_ptr() for tensor in model.parameters()]
-        assert same(swag.state_dict(), moments)
-
-
-def test_a_sample_is_not_collected() -> None:
-    model = ConvNet()
-    swag = trained(model)
-    with swag.sampled(scale=0):
-        held, mean = model.hidden.weight.clone(), swag.state_dict()["mean"]["hidden.weight"]
-        with pytest.raises(RuntimeError, match=r"collect: the model holds a sample; leave sampled\(\) first"):
-            swag.collect()
-        with pytest.raises(RuntimeError, match="holds a sample already"):
-            swag.sampled().__enter__()
-    assert torch.equal(held, mean)
-    swag.collect()
-    assert swag.n_averaged == 6
-
-
-def test_a_graph_notices_that_its_weights_were_sampled() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
-    swag = trained(model)
-    loss = model(torch.randn(2, 3)).sum()
-    swag.sample_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_copies_and_pickles_go_on_by_themselves() -> None:
     model = ConvNet()
     swag = trained(model)
@@ -241,87 +155,3 @@ def test_another_model_is_written_only_if_it_fits() -> None:
     compiled = torch.compile(TiedNet(), backend="eager")
     swag.mean_(compiled)
     assert torch.equal(compiled.layer.bias, swag.state_dict()["mean"]["layer.bias"])
-
-
-def test_taken_in_by_a_thread_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ConvNet()
-    here = SWAG(model, rank=3, start=1, every=2)
-    # The model on the CPU stands for one on a GPU.
-    monkeypatch.setattr(fastswa.execution, "offloads", lambda followed, device: device is not None)
-    there = SWAG(model, rank=3, start=1, every=2, device="cpu")
-    for _ in range(9):
-        train_step(model)
-        here.collect()
-        there.collect()
-    assert there.n_averaged == 4
-    assert same(here.state_dict(), there.state_dict())
-    assert same(sample(here, model), sample(there, model))
-    copied_model, copied = copy.deepcopy((model, there))
-    train_step(copied_model)
-    copied.collect()
-    copied.collect()
-    assert copied.n_averaged == 5
-    assert there.n_averaged == 4
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"device": "cpu"}], ids=["on the GPU", "on the CPU"])
-def test_a_gpu_gives_what_a_cpu_gives(options: dict[str, object]) -> None:
-    model = ConvNet()
-    gpu_model = copy.deepcopy(model).cuda()
-    here, there = SWAG(model, rank=4), SWAG(gpu_model, rank=4, **options)
-    for _ in range(7):
-        train_step(model)
-        gpu_model.load_state_dict(model.state_dict())
-        here.collect()
-        there.collect()
-    ours, theirs = here.state_dict(), there.state_dict()
-    expected_device = options.get("device", "cuda")
-    for key in ("mean", "variance"):
-        for name, tensor in theirs[key].items():
-            assert tensor.device.type == expected_device
-            # 7 updates of a few float32 roundings of numbers below 16.
-            assert torch.allclose(tensor.cpu(), ours[key][name], rtol=1e-5, atol=1e-5), name
-    for own, other in zip(ours["deviations"], theirs["deviations"], strict=True):
-        assert all(torch.allclose(tensor.cpu(), own[name], rtol=1e-5, atol=1e-5) for name, tensor in other.items())
-    before = values(gpu_model)
-    with there.sampled(generator=torch.Generator().manual_seed(1)):
-        drawn = values(gpu_model)
-    assert same(values(gpu_model), before)
-    for name, tensor in sample(here, model).items():
-        # The logarithm and the sine differ in their last bits.
-        assert torch.allclose(drawn[name].cpu().double(), tensor.double(), rtol=1e-4, atol=1e-4), name
-    saved = save_and_load(there)
-    resumed = SWAG(gpu_model, rank=4, **options)
-    resumed.load_state_dict(saved)
-    assert same(resumed.state_dict(), there.state_dict())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"device": "cpu"}], ids=["on the GPU", "on the CPU"])
-def test_collecting_does_not_wait_for_the_device(options: dict[str, object]) -> None:
-    model = ConvNet().cuda()
-    swag = SWAG(model, rank=3, **options)
-    for _ in range(3):
-        swag.collect()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        swag.collect()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert swag.n_averaged == 4
-
-
-@pytest.mark.gpu
-def test_the_moments_follow_their_model_to_a_gpu() -> None:
-    model = ConvNet()
-    swag, stays = SWAG(model, rank=2), SWAG(model, rank=2, device="cpu")
-    for place in ("cpu", "cuda", "cpu", "cuda"):
-        model.to(place)
-        train_step(model)
-        swag.collect()
-        stays.collect()
-    assert {tensor.device.type for tensor in swag.state_dict()["mean"].values()} == {"cuda"}
-    for name, tensor in stays.state_dict()["variance"].items():
-        # 4 float32 updates, rounded on either device.
-        assert torch.allclose(swag.state_dict()["variance"][name].cpu(), tensor, rtol=1e-5, atol=1e-5), name
