@@ -17,6 +17,7 @@ import torch
 import triton
 
 from benchmarks.machine_code import TARGETS, Access, Report, Variant, check, fresh_compiler
+from benchmarks.ptx_moments import moments, sample
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -189,6 +190,8 @@ KERNELS: tuple[Callable[[], Iterator[Variant]], ...] = (
     lerp,
     multi_lerp,
     combine,
+    moments,
+    sample,
     merge_batch_stats,
     batch_stats,
     merge_partials,

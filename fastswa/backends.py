@@ -222,9 +222,9 @@ def prepare_moments(
         ValueError, TypeError: as `fastswa_kernels.reference.moments_` raises them.
         RuntimeError: "triton" was asked for by name and can't run; says why.
     """
-    from fastswa_kernels.moments_arguments import check_moments, named
+    from fastswa_kernels.moments_arguments import check_moments, named_slots
 
-    check_moments(means, variances, sources, named(deviations))
+    check_moments(means, variances, sources, named_slots(deviations))
     staged, moments = Staged(), []
     for device in dict.fromkeys(mean.device for mean in means):
         here = [index for index, mean in enumerate(means) if mean.device == device]

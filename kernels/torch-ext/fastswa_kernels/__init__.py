@@ -17,20 +17,25 @@ if TYPE_CHECKING:
     from .average import LerpTable, lerp_
     from .batch_norm import batch_stats, merge_batch_stats_
     from .combine import combine_
+    from .moments import MomentsTable, moments_
     from .multi_average import MultiLerpTable, multi_lerp_
+    from .sample import sample_
 
 __all__ = [
     "LaunchConfig",
     "LerpTable",
+    "MomentsTable",
     "MultiLerpTable",
     "StochasticRounding",
     "batch_stats",
     "combine_",
     "lerp_",
     "merge_batch_stats_",
+    "moments_",
     "multi_lerp_",
     "reference",
     "refusal",
+    "sample_",
 ]
 
 _MODULE_OF = {
@@ -41,6 +46,9 @@ _MODULE_OF = {
     "batch_stats": ".batch_norm",
     "merge_batch_stats_": ".batch_norm",
     "combine_": ".combine",
+    "MomentsTable": ".moments",
+    "moments_": ".moments",
+    "sample_": ".sample",
 }
 
 

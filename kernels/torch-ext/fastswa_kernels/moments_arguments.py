@@ -16,7 +16,7 @@ def check_moments(
     variances: Sequence[Tensor],
     sources: Sequence[Tensor],
     deviations: Sequence[tuple[str, Sequence[Tensor]]],
-) -> None:
+) -> list[int]:
     """Refuse lists whose moments can't be kept right, before anything is written.
 
     Args:
@@ -24,6 +24,9 @@ def check_moments(
         variances: likewise; one for each mean, of its shape, dtype and device.
         sources: tensors to be read; one for each mean, of its shape.
         deviations: what messages call each list of deviations, and the list: one for each mean, like the variances.
+
+    Returns:
+        The indices that remain when tied tensors count once.
 
     Raises:
         ValueError: names the first tensor that differs in number or shape, whose dtype or device is not that of its
@@ -40,6 +43,7 @@ def check_moments(
         [(f"sources[{index}]", sources[index]) for index in kept],
         "keep moments of the weights beside the weights themselves",
     )
+    return kept
 
 
 def check_sample(
@@ -49,7 +53,7 @@ def check_sample(
     deviations: Sequence[Sequence[Tensor]],
     coefficients: Sequence[float] | Tensor,
     diagonal: float,
-) -> None:
+) -> list[int]:
     """Refuse what `sample_` can't do right, before anything is written.
 
     Args:
@@ -59,6 +63,9 @@ def check_sample(
         deviations: lists of such tensors.
         coefficients: one for each list of deviations; the values of a tensor are not read.
         diagonal: factor of the standard deviations.
+
+    Returns:
+        The indices that remain when tied tensors count once.
 
     Raises:
         ValueError: names the first tensor that differs in number or shape, whose dtype or device is not that of its
@@ -73,7 +80,7 @@ def check_sample(
         raise ValueError(f"diagonal must be finite and not negative, got {diagonal}")
     check_shapes(targets, means, "targets", "means")
     check_floating("targets", targets, "sample_")
-    read = [("means", means), ("variances", variances), *named(deviations)]
+    read = [("means", means), ("variances", variances), *named_slots(deviations)]
     _check_like_means(means, read, "sample_")
     kept = distinct(targets, *(tensors for _, tensors in read))
     check_disjoint(
@@ -81,6 +88,7 @@ def check_sample(
         [(f"{name}[{index}]", tensors[index]) for index in kept for name, tensors in read],
         "draw into the weights, not into the moments",
     )
+    return kept
 
 
 def check_slot(slot: int | None, slots: int) -> None:
@@ -102,7 +110,7 @@ def check_slot(slot: int | None, slots: int) -> None:
         raise ValueError(f"slot must be None or from 0 to {slots - 1}, got {slot}" if slots else "there are no slots")
 
 
-def named(deviations: Sequence[Sequence[Tensor]]) -> list[tuple[str, Sequence[Tensor]]]:
+def named_slots(deviations: Sequence[Sequence[Tensor]]) -> list[tuple[str, Sequence[Tensor]]]:
     """What messages call the lists of a ring, with the lists."""
     return [(f"deviations[{k}]", tensors) for k, tensors in enumerate(deviations)]
 

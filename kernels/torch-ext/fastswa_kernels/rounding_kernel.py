@@ -37,9 +37,15 @@ def element_hash(element, key):
 
 
 @triton.jit
+def element_bits(hashed, key):
+    """32 random bits of an element: `hashed` is its hash, `key` the average's."""
+    return _mix(hashed ^ key)
+
+
+@triton.jit
 def round_stochastically(x, hashed, key, DTYPE: tl.constexpr):
     """float32 rounded to one of its neighbours in DTYPE: `hashed` is the element's hash, `key` the average's."""
-    bits = _mix(hashed ^ key)
+    bits = element_bits(hashed, key)
     word = x.to(tl.uint32, bitcast=True)
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         up = tl.where(x != x, word | 0x400000, word + (bits & 0xFFFF))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import check_weight
 from ..moments_arguments import check_moments, check_sample
 from ..normal import normal
-from ..pairs import dense_like, dense_view, distinct
+from ..pairs import dense_like, dense_view
 
 
 @torch.no_grad()
@@ -62,8 +62,8 @@ def moments_(
         Maddox et al. 2019, A Simple Baseline for Bayesian Uncertainty in Deep Learning, Algorithm 1.
     """
     check_weight(weight)
-    check_moments(means, variances, sources, [] if deviations is None else [("deviations", deviations)])
-    for index in distinct(means, variances, *([] if deviations is None else [deviations]), sources):
+    named = [] if deviations is None else [("deviations", deviations)]
+    for index in check_moments(means, variances, sources, named):
         mean, variance, source = means[index], variances[index], sources[index]
         compute = torch.float64 if torch.float64 in (mean.dtype, source.dtype) else torch.float32
         old = mean.to(compute)
@@ -127,9 +127,8 @@ def sample_(
     References:
         Maddox et al. 2019, A Simple Baseline for Bayesian Uncertainty in Deep Learning, section 3.2.
     """
-    check_sample(targets, means, variances, deviations, coefficients, diagonal)
+    kept = set(check_sample(targets, means, variances, deviations, coefficients, diagonal))
     factors = coefficients.tolist() if isinstance(coefficients, Tensor) else coefficients
-    kept = set(distinct(targets, means, variances, *deviations))
     first = 0
     for index, (target, mean) in enumerate(zip(targets, means, strict=True)):
         if index in kept:
