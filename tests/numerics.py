@@ -31,6 +31,30 @@ def lerp_ulps(dtype: torch.dtype, kernel: bool = False) -> float:
     return LERP_ULPS[dtype]
 
 
+# A float64 sum rounded once: by half an ulp. The half-precision dtypes are reached through float32, whose own half ulp
+# is 2^-14 (float16) or 2^-17 (bfloat16) of theirs.
+SUM_ULPS = {torch.float32: 0.5, torch.float64: 0.5, torch.float16: 0.5 + 2**-14, torch.bfloat16: 0.5 + 2**-17}
+
+
+def assert_weighted_sum(actual: Tensor, exact: Tensor, size: Tensor, terms: int, kernel: bool = False) -> None:
+    """Compare a sum of products with a float64 result.
+
+    Args:
+        actual: the sum.
+        exact: what it is to be, rounded to float64 or summed there in some order.
+        size: the sum of the absolute products: each of 2 N roundings errs by 2^-53 of it at most, in either sum.
+        terms: N.
+        kernel: whether a kernel made the sum.
+    """
+    assert actual.shape == exact.shape
+    truncated = kernel and actual.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    ulps = 1.0 if truncated else SUM_ULPS[actual.dtype]
+    bound = ulps * ulp(exact.abs(), actual.dtype) + 2 * terms * 2**-52 * size.double()
+    error = (actual.double() - exact.double()).abs()
+    assert not error.isnan().any(), "NaN in the result"
+    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
+
+
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of a dtype at a magnitude, in float64."""
     information = torch.finfo(dtype)

@@ -88,6 +88,33 @@ print(
 )
 """
 
+COMBINATIONS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastswa_kernels import combine
+
+kernel = combine.combine_kernel
+bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+seen = []
+
+
+class Bound:
+    def __getitem__(self, grid):
+        return lambda *arguments, **more: seen.append(str(bind(*arguments, **more)[1]))
+
+
+combine.combine_kernel, combine.refusal = Bound(), lambda device: None
+for size in (1, 16, 4096, 100000):
+    for count in (1, 2, 9, 16):
+        sources, coefficients = [[torch.ones(size)] for _ in range(count)], torch.ones(count + 1, dtype=torch.float64)
+        for values in ([0.0] * count, [1] * count, [0.3] * count, coefficients[1:]):
+            combine.combine_([torch.zeros(size)], sources, values)
+print(len(seen), len(set(seen)))
+"""
+
 
 def compile_in_a_process(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
@@ -101,9 +128,9 @@ def test_every_kernel_keeps_its_promises_on_every_target() -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         # 16 pairs of dtypes, 3 of them with a second form of the weight; 15 of several averages, of stochastic rounding
-        # and of flags; 4 dtypes of batch statistics; 2 layouts, each with 3 + 4 + 4 + 2 widths of 4 dtypes and 4 with
-        # more values; 4 merges.
-        assert result.stdout.count(f" {target} ") >= 16 + 3 + 15 + 4 + 2 * (13 + 4) + 4
+        # and of flags; 16 pairs of weighted sums; 4 dtypes of batch statistics; 2 layouts, each with 3 + 4 + 4 + 2
+        # widths of 4 dtypes and 4 with more values; 4 merges.
+        assert result.stdout.count(f" {target} ") >= 16 + 3 + 15 + 16 + 4 + 2 * (13 + 4) + 4
     assert "0 broken promises" in result.stdout
 
 
@@ -127,6 +154,11 @@ def test_no_value_of_an_argument_compiles_the_kernel_again() -> None:
     program = "from fastswa_kernels import average_plan\naverage_plan.refusal = lambda device: None\n" + SPECIALISATIONS
     result = compile_in_a_process("-c", program)
     assert result.stdout.split() == ["1", "1", "1", "1", "4"], result.stdout + result.stderr
+
+
+def test_one_compiled_kernel_sums_any_number_of_sources() -> None:
+    result = compile_in_a_process("-c", COMBINATIONS)
+    assert result.stdout.split() == ["64", "1"], result.stdout + result.stderr
 
 
 def test_interpreted_kernels_are_refused() -> None:

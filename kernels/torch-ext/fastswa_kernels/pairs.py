@@ -65,7 +65,7 @@ def same_layout(first: Tensor, second: Tensor) -> bool:
         >>> same_layout(torch.empty(2, 3), torch.empty(3, 2).t())
         False
     """
-    return all(
+    return first.stride() == second.stride() or all(
         size == 1 or stride == other
         for size, stride, other in zip(first.shape, first.stride(), second.stride(), strict=True)
     )
@@ -238,5 +238,7 @@ def distinct(*lists: Sequence[Tensor]) -> list[int]:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the first byte of a tensor and of the byte after its last."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (reach + 1) * tensor.element_size()
