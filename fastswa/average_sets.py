@@ -131,7 +131,7 @@ def _carry_over(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
 
 
 def mixed(sets: Sequence[Sequence[Tensor]], coefficients: Sequence[float]) -> list[Tensor]:
-    """A weighted sum of sets of tensors, in float64 until the end.
+    """A weighted sum of sets of tensors.
 
     Args:
         sets: of tensors.
@@ -142,12 +142,6 @@ def mixed(sets: Sequence[Sequence[Tensor]], coefficients: Sequence[float]) -> li
     """
     if len(sets) == 1:
         return list(sets[0])
-    sums = []
-    for tensors in zip(*sets, strict=True):
-        wide = torch.complex128 if tensors[0].is_complex() else torch.float64
-        total = torch.zeros_like(tensors[0], dtype=wide)
-        for tensor, coefficient in zip(tensors, coefficients, strict=True):
-            if coefficient:
-                total.add_(tensor.to(wide), alpha=coefficient)
-        sums.append(total.to(tensors[0].dtype))
+    sums = [torch.empty_like(tensor) for tensor in sets[0]]
+    backends.combine_(list(map(_real, sums)), [list(map(_real, own)) for own in sets], coefficients)
     return sums
