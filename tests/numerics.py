@@ -31,6 +31,21 @@ def lerp_ulps(dtype: torch.dtype, kernel: bool = False) -> float:
     return LERP_ULPS[dtype]
 
 
+# A rounding errs by 2^-24 of a number of float32 at most, and an ulp is no less: the bounds of what is never the
+# difference of two near numbers count roundings. A deviation has 3 (the distance, 1 - w, their product); a variance 7
+# (the distance, which is squared, twice; w d; w d d; the sum; 1 - w; the product). The last half is the exact value's
+# own rounding to float64. Narrow dtypes are rounded once at the store, as in LERP_ULPS.
+DEVIATION_ULPS, VARIANCE_ULPS = 3.5, 7.5
+
+
+def moments_ulps(dtype: torch.dtype, wider: bool, kernel: bool = False) -> tuple[float, float, float]:
+    """The bounds for mean, variance and deviation of this dtype after one model; `wider`: the arithmetic is."""
+    if wider:
+        stored = lerp_ulps(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16, kernel)
+        return stored, stored, stored
+    return LERP_ULPS[dtype] + 0.5, VARIANCE_ULPS, DEVIATION_ULPS
+
+
 # A float64 sum rounded once: by half an ulp. The half-precision dtypes are reached through float32, whose own half ulp
 # is 2^-14 (float16) or 2^-17 (bfloat16) of theirs.
 SUM_ULPS = {torch.float32: 0.5, torch.float64: 0.5, torch.float16: 0.5 + 2**-14, torch.bfloat16: 0.5 + 2**-17}

@@ -119,7 +119,7 @@ def prepare(
     members_of: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for index in indices:
         mean = means[index]
-        for name, tensors in lists:
+        for name, tensors in (lists[1], lists[0], *lists[2:]):
             reason = refusal(mean.device) or layout_refusal(mean, tensors[index])
             if reason:
                 raise ValueError(f"{name}[{index}]: {reason}")
