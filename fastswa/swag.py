@@ -198,7 +198,7 @@ class SWAG:
         """
         if self.n_averaged == 0:
             raise RuntimeError("mean_: no model was collected; call collect() first")
-        torch._foreach_copy_(self._targets(model), self._rows.means)
+        self._rows.mean_(self._targets(model))
 
     @contextmanager
     def sampled(

@@ -118,6 +118,17 @@ class MomentRows:
         columns = self.deviations(len(coefficients))
         moments = self.means, self.variances, columns
         backends.sample_(targets, *moments, coefficients, diagonal, seed=seed, step=0, backend=backend)
+        torch.clear_autocast_cache()
+
+    def mean_(self, targets: Sequence[Tensor]) -> None:
+        """Write the mean.
+
+        Args:
+            targets: one real tensor for each that is followed, in that order; on any device.
+        """
+        torch._foreach_copy_(targets, self.means)
+        # Autocast would go on with its converted copies of other weights until its context ends.
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def take(self, before: MomentRows) -> None:

@@ -37,6 +37,7 @@ def swapped_in(selection: Selection, values: Sequence[Tensor], exchange: bool) -
                     _exchange(own, other, done)
                 for own, other in written:
                     own.copy_(other)
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
@@ -59,6 +60,8 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
+        # Autocast would go on with its converted copies of other weights until its context ends.
+        torch.clear_autocast_cache()
 
 
 def _exchange(own: Tensor, other: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:

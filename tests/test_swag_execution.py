@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastswa.execution
 from fastswa import SWAG, update_bn
@@ -58,6 +58,31 @@ def test_a_graph_notices_that_its_weights_were_sampled() -> None:
     swag.sample_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_sees_every_sample(gradients: bool) -> None:
+    model = nn.Linear(4, 3)
+    swag, x = trained(model), torch.randn(5, 4)
+
+    def predictions() -> list[Tensor]:
+        """Of the model, a sample, the mean, and the model again."""
+        found = [model(x)]
+        with swag.sampled(generator=torch.Generator().manual_seed(1)):
+            found.append(model(x))
+            swag.mean_()
+            found.append(model(x))
+        return [*found, model(x)]
+
+    with torch.set_grad_enabled(gradients):
+        exact = predictions()
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = predictions()
+    for narrow, wide in zip(cast, exact, strict=True):
+        # bfloat16 roundings of 4 products and of their sum; the weights of the others are off by ten times as much.
+        assert torch.allclose(narrow.float(), wide, rtol=0, atol=0.05)
+    assert not any(torch.allclose(exact[0], other, rtol=0, atol=0.2) for other in exact[1:3])
+    assert not torch.allclose(exact[1], exact[2], rtol=0, atol=0.2)
 
 
 def test_taken_in_by_a_thread_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
