@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastswa import backends
+from fastswa import backends, shards
 from fastswa.flat import FlatBuffers
 from fastswa.followed import Followed
 from fastswa.updates import MultiUpdate
@@ -32,14 +32,15 @@ class AverageSets:
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype or None, got {dtype}")
-        averaged = [each.tensor.detach() for each in followed if each.averaged]
-        copied = [each.tensor.detach() for each in followed if not each.averaged]
+        averaged = [each.local for each in followed if each.averaged]
+        copied = [each.local for each in followed if not each.averaged]
         self.sets = [
             [torch.empty_like(t, dtype=t.dtype if t.is_complex() else dtype, device=device) for t in averaged]
             for _ in range(count)
         ]
         """For each set the averages, in the order of the averaged tensors."""
         self._averaged = [each.averaged for each in followed]
+        self._layouts = {each.name: shards.layout(each.tensor) for each in followed}
         self.averaged_names = [each.name for each in followed if each.averaged]
         self.copied_names = [each.name for each in followed if not each.averaged]
         self.copies = [torch.empty_like(tensor, device=device) for tensor in copied]
@@ -71,20 +72,23 @@ class AverageSets:
         averages, copies = iter(average), iter(self.copies)
         return [next(averages if averaged else copies) for averaged in self._averaged]
 
+    @property
+    def named(self) -> list[dict[str, Tensor]]:
+        """For each set the averages by name, and last the copies."""
+        averages = [dict(zip(self.averaged_names, own, strict=True)) for own in self.sets]
+        return [*averages, dict(zip(self.copied_names, self.copies, strict=True))]
+
     @torch.no_grad()
     def carry_over(self, before: AverageSets) -> None:
-        """Take over the averages and copies of tensors that have the name and shape of before.
+        """Take over the averages and copies of tensors that have the name, the shape and the placement of before.
 
         Args:
             before: as many sets, of other tensors of the model.
         """
-        names = before.averaged_names, self.averaged_names
-        for old, new in zip(before.sets, self.sets, strict=True):
-            _carry_over(dict(zip(names[0], old, strict=True)), dict(zip(names[1], new, strict=True)))
-        _carry_over(
-            dict(zip(before.copied_names, before.copies, strict=True)),
-            dict(zip(self.copied_names, self.copies, strict=True)),
-        )
+        alike = {name for name, layout in self._layouts.items() if before._layouts.get(name) == layout}
+        for old, new in zip(before.named, self.named, strict=True):
+            for name in alike & old.keys() & new.keys():
+                new[name].copy_(old[name])
 
     def update_from(self, sources: Sequence[Tensor], backend: str) -> MultiUpdate:
         """Prepare the update from tensors in their present memory.
@@ -122,12 +126,6 @@ class AverageSets:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _carry_over(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    for name, tensor in new.items():
-        if name in old and old[name].shape == tensor.shape:
-            tensor.copy_(old[name])
 
 
 def mixed(sets: Sequence[Sequence[Tensor]], coefficients: Sequence[float]) -> list[Tensor]:

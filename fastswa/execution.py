@@ -44,7 +44,7 @@ def execution(
         What runs them.
     """
     if offloads(followed, device):
-        return Offload([each.tensor.detach() for each in followed], prepare)
+        return Offload([each.local for each in followed], prepare)
     return Beside(followed, prepare) if overlap else Now(followed, prepare)
 
 
@@ -67,7 +67,7 @@ class Now:
     """
 
     def __init__(self, followed: Sequence[Followed], prepare: Callable[[Sequence[Tensor]], Average]) -> None:
-        self._average = prepare([each.tensor.detach() for each in followed])
+        self._average = prepare([each.local for each in followed])
 
     def update(self, skip: Tensor | None) -> None:
         """Take the model's present values into the averages."""
@@ -88,10 +88,10 @@ class Beside:
     """
 
     def __init__(self, followed: Sequence[Followed], prepare: Callable[[Sequence[Tensor]], Average]) -> None:
-        self._buffers = [each.tensor.detach() for each in followed if each.buffer]
+        self._buffers = [each.local for each in followed if each.buffer]
         self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         copies = iter(self._copies)
-        self._average = prepare([next(copies) if each.buffer else each.tensor.detach() for each in followed])
+        self._average = prepare([next(copies) if each.buffer else each.local for each in followed])
         self._side = SideStream(followed[0].tensor.device)
 
     @torch.no_grad()

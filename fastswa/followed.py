@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastswa import shards
 from fastswa.module_update import check_values
 from fastswa.pairing import canonical
 from fastswa.watch import TensorWatch
@@ -40,6 +41,11 @@ class Followed:
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    @property
+    def local(self) -> Tensor:
+        """What this process holds of the tensor, without gradients."""
+        return shards.local(self.tensor)
 
 
 class Selection:
@@ -96,7 +102,9 @@ class Selection:
 
         Raises:
             ValueError: a tensor appeared, disappeared or changed its shape or kind; names the first. Nothing changed.
+            RuntimeError: a tensor is not sharded at present; names the first. Nothing changed.
         """
+        self._refuse_unsharded()
         now = self._select()
         before = {each.name: each for each in self.followed}
         present = {each.name: each for each in now}
@@ -108,11 +116,18 @@ class Selection:
             shape = tuple(present[name].tensor.shape)
             if shape != tuple(each.tensor.shape):
                 raise ValueError(f"{name!r} had shape {tuple(each.tensor.shape)} and now has {shape}; {advice}")
+            if shards.layout(present[name].tensor) != shards.layout(each.tensor):
+                raise ValueError(f"{name!r} is placed on the processes otherwise than before; {advice}")
         self.followed = [present[each.name] for each in self.followed]
         self._watch = self._new_watch()
 
     def refresh(self) -> None:
-        """Take up whatever is in the model now."""
+        """Take up whatever is in the model now.
+
+        Raises:
+            RuntimeError: a tensor is not sharded at present; names the first. Nothing changed.
+        """
+        self._refuse_unsharded()
         self.followed = sorted(self._select(), key=_neighbourhood)
         self._watch = self._new_watch()
 
@@ -144,8 +159,8 @@ class Selection:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that are followed, without gradients."""
-        return [each.tensor.detach() for each in self.followed]
+        """What this process holds of the tensors that are followed, without gradients."""
+        return [each.local for each in self.followed]
 
     @property
     def module(self) -> nn.Module | None:
@@ -161,6 +176,22 @@ class Selection:
             holder._modules["followed"] = self._module
         return TensorWatch(holder)
 
+    def _refuse_unsharded(self) -> None:
+        """Refuse what FSDP2 puts in its parameters' place between a forward and a backward pass."""
+        sharded = {each.name: each.tensor for each in self.followed if shards.is_sharded(each.tensor)}
+        if self._module is None or not sharded:
+            return
+        for name, parameter in nn.Module.named_parameters(self._module, remove_duplicate=False):
+            known = sharded.get(canonical(name))
+            # Another shape is the user's doing.
+            if known is None or parameter.shape != known.shape:
+                continue
+            if shards.layout(parameter) != shards.layout(known):
+                raise RuntimeError(
+                    f"{canonical(name)!r} is not sharded now as it was at first: finish the backward pass before, or "
+                    "call reshard() on the model after a forward pass that has none"
+                )
+
     def _select(self) -> list[Followed]:
         found: dict[int, Followed] = {}
         for name, tensor, is_buffer, saved in self._named():
@@ -172,6 +203,9 @@ class Selection:
                 continue
             if tensor.layout != torch.strided:
                 raise TypeError(f"{name!r} is {tensor.layout} and can't be averaged; exclude it")
+            reason = shards.refusal(tensor)
+            if reason is not None:
+                raise TypeError(f"{name!r} {reason}")
             floating = tensor.is_floating_point() or tensor.is_complex()
             averaged = floating and (not is_buffer or self._buffers == "average")
             known = found.get(id(tensor))
@@ -191,6 +225,15 @@ class Selection:
             yield canonical(name), buffer, True, canonical(name) in saved
 
 
+def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> Iterable[Tensor]:
+    """The tensors of which some may be followed.
+
+    Args:
+        model: a module or a mapping.
+    """
+    return model.parameters() if isinstance(model, nn.Module) else model.values()
+
+
 def counterparts(model: Model, followed: Sequence[Followed]) -> list[Tensor]:
     """The tensors of another model by the names that are followed.
 
@@ -199,19 +242,21 @@ def counterparts(model: Model, followed: Sequence[Followed]) -> list[Tensor]:
         followed: tensors whose first names it has.
 
     Returns:
-        Its tensors, in the order of `followed`.
+        What this process holds of its tensors, in the order of `followed`.
 
     Raises:
-        ValueError: a tensor that the model has not, or has in another shape; names it.
+        ValueError: a tensor that the model has not, or has in another shape or otherwise sharded; names it.
     """
     present = Selection(model, None, None, False, "average").followed
-    found = {name: each.tensor.detach() for each in present for name in each.names}
+    found = {name: each.tensor for each in present for name in each.names}
     for each in followed:
         shape = tuple(found[each.name].shape) if each.name in found else None
         if shape != tuple(each.tensor.shape):
             what = "has no" if shape is None else f"has shape {shape} for"
             raise ValueError(f"the model {what} {each.name!r}, which is averaged in shape {tuple(each.tensor.shape)}")
-    return [found[each.name] for each in followed]
+        if shards.layout(found[each.name]) != shards.layout(each.tensor):
+            raise ValueError(f"the model's {each.name!r} is not sharded as its average is; take weights(full=True)")
+    return [shards.local(found[each.name]) for each in followed]
 
 
 def _matches(patterns: Patterns, name: str, default: bool) -> bool:
@@ -223,4 +268,6 @@ def _matches(patterns: Patterns, name: str, default: bool) -> bool:
 
 
 def _neighbourhood(each: Followed) -> tuple[Any, ...]:
-    return not each.averaged, str(each.tensor.dtype), each.tensor.numel()
+    # By the size of the whole, so that every process has the same order. Where parts may differ in size, what all hold
+    # whole comes first: it has the same place, and so the same random bits, everywhere.
+    return not each.averaged, shards.is_sharded(each.tensor), str(each.tensor.dtype), each.tensor.numel()

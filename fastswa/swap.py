@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastswa import shards
 from fastswa.followed import Selection
 
 
@@ -24,25 +25,31 @@ def swapped_in(selection: Selection, values: Sequence[Tensor], exchange: bool) -
     written: list[tuple[Tensor, Tensor]] = []
     for each, other in zip(selection.followed, values, strict=True):
         # Not buffers: update_bn may write them meanwhile, which is no business of the average.
-        alike = exchange and not each.buffer and (each.tensor.dtype, each.tensor.device) == (other.dtype, other.device)
-        (exchanged if alike else written).append((each.tensor.detach(), other))
+        own = each.local
+        alike = exchange and not each.buffer and (own.dtype, own.device) == (other.dtype, other.device)
+        (exchanged if alike else written).append((each.tensor, other))
     known = {id(each.tensor) for each in selection.followed}
     buffers = () if selection.module is None else selection.module.buffers()
     unfollowed = [buffer for buffer in buffers if id(buffer) not in known]
     done: list[tuple[Tensor, Tensor]] = []
-    with restored([*(own for own, _ in written), *unfollowed]):
+    with restored([*(tensor for tensor, _ in written), *unfollowed]):
         try:
             with torch.no_grad():
-                for own, other in exchanged:
-                    _exchange(own, other, done)
-                for own, other in written:
-                    own.copy_(other)
+                for tensor, other in exchanged:
+                    _exchange(tensor, other, done)
+                for tensor, other in written:
+                    shards.local(tensor).copy_(other)
             torch.clear_autocast_cache()
             yield
         finally:
-            with torch.no_grad():
-                for own, other in done.copy():
-                    _exchange(own, other, [])
+            try:
+                # After a forward pass FSDP2 keeps the root's whole parameters, here the average's, for the next pass.
+                if selection.module is not None and any(shards.is_sharded(each.tensor) for each in selection.followed):
+                    shards.reshard(selection.module)
+            finally:
+                with torch.no_grad():
+                    for tensor, other in done.copy():
+                        _exchange(tensor, other, [])
 
 
 @contextmanager
@@ -53,20 +60,22 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
         tensors: of any dtype, that are written meanwhile.
     """
     with torch.no_grad():
-        kept = [(tensor, tensor.clone()) for tensor in tensors]
+        kept = [(tensor, shards.local(tensor).clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
             for tensor, value in kept:
-                tensor.copy_(value)
+                # FSDP2's first forward pass may have moved the part.
+                shards.local(tensor).copy_(value)
         # Autocast would go on with its converted copies of other weights until its context ends.
         torch.clear_autocast_cache()
 
 
-def _exchange(own: Tensor, other: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
+def _exchange(tensor: Tensor, other: Tensor, done: list[tuple[Tensor, Tensor]]) -> None:
+    own = shards.local(tensor)
     value = own.clone()
-    done.append((own, other))
+    done.append((tensor, other))
     # Both happen or, as far as an interrupt between two steps goes, both are undone by another exchange.
     try:
         own.copy_(other)

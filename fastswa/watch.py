@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastswa import shards
+
 _END = object()
 
 
@@ -21,8 +23,8 @@ class TensorWatch:
     """Which tensors a module held at one moment, and where they were.
 
     Replaced parameters, buffers and sub-modules show, new ones too, and tensors that got other memory (`.to()`,
-    `.half()`, `parameter.data = ...`). What stays at its address does not: `parameter.data = parameter.data[:n]`, or a
-    transposition in place.
+    `.half()`, `parameter.data = ...`), of a DTensor this process's part. What stays at its address does not:
+    `parameter.data = parameter.data[:n]`, or a transposition in place.
 
     Args:
         module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
@@ -49,6 +51,11 @@ class TensorWatch:
             # Module.to moves all of a part's tensors, and gives every buffer a new identity.
             firsts = (next(iter(part.parameters(recurse=False)), None) for part in parts if not part._buffers)
             self._tensors = [tensor for tensor in firsts if tensor is not None]
+        self._sharded = list(filter(shards.is_sharded, self._tensors))
+        self._parts = list(map(shards.held, self._sharded))
+        if self._sharded:
+            # A DTensor has no address of its own.
+            self._tensors = [*(tensor for tensor in self._tensors if not shards.is_sharded(tensor)), *self._parts]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def unchanged(self) -> bool:
@@ -59,4 +66,5 @@ class TensorWatch:
             all(map(is_, held, self._held))
             and not any(self._empty)
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and (not self._sharded or all(map(is_, map(shards.held, self._sharded), self._parts)))
         )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastswa import backends
-from fastswa.average_sets import AverageSets, mixed
-from fastswa.average_state import load_state, state_of
-from fastswa.counters import Counters, check_rules
-from fastswa.execution import Execution, execution
-from fastswa.followed import Model, Patterns, Selection, counterparts
+from fastswa.agreement import CheckRanks, agreeing, ranks_to_ask
+from fastswa.average_state import described, load_state, refuse_state, state_of, weights_of
+from fastswa.averaging import Averaging
+from fastswa.counters import check_rules
+from fastswa.followed import Model, Patterns, Selection, counterparts, tensors_of
 from fastswa.rules import Rule
 from fastswa.swap import swapped_in
 
@@ -29,7 +27,8 @@ class WeightAverages:
     .. math:: a_k \leftarrow a_k + w_k(n_k) (p - a_k)
 
     with the weights of the rules. The first model that a rule takes is copied. Only the tensors are kept, not a copy of
-    the module: models that can't be deep-copied are fine, and parts can be left out.
+    the module: models that can't be deep-copied are fine, and parts can be left out. Of a DTensor (FSDP2, tensor
+    parallelism) each rank averages its own part, and no update asks another rank.
 
     Args:
         model: a module, a mapping name -> tensor, or pairs (name, tensor). Tied tensors are averaged once.
@@ -49,9 +48,12 @@ class WeightAverages:
             writes the weights, call `wait` first.
         capturable: count on the device, so that a CUDA graph can hold `update`.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        check_ranks: compare rules, names and shapes over the ranks, here and at `load_state_dict`, so that all fail
+            together: over those that share DTensors (left out), over a ProcessGroup or all (True), or never (False).
 
     Raises:
-        ValueError: no rules, an unknown option, nothing to average, a tensor without values; names it.
+        ValueError: no rules, an unknown option, nothing to average, a tensor without values, ranks that differ; names
+            it.
         TypeError: a rule that is none; a tensor that can't be averaged; names it.
         RuntimeError: a backend that can't run here.
 
@@ -88,27 +90,27 @@ class WeightAverages:
         overlap: bool = False,
         capturable: bool = False,
         backend: str = "auto",
+        check_ranks: CheckRanks = None,
     ) -> None:
-        self.rules = {ONLY: rules} if isinstance(rules, Rule) else dict(rules)
-        """The rule of each average."""
-        check_rules(self.rules)
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
-        self._selection = Selection(model, include, exclude, trainable_only, buffers)
-        self._dtype = dtype
-        self._device = None if device is None else torch.device(device)
-        self._backend = backend
-        self._seed = seed if rounding == "stochastic" else None
+        model = model if isinstance(model, nn.Module | Mapping) else dict(model)
+        self._check_ranks = check_ranks
         self._swapped: str | None = None
-        self._overlap = overlap
-        self._execution: Execution | None = None
-        followed = self._selection.followed
-        for place in {each.tensor.device for each in followed} if self._device is None else {self._device}:
-            backends.choose(backend, place)
-        self._sets = self._new_sets()
-        self._counters = Counters(self.rules, self._sets.sets[0][0].device, capturable)
-        # An average that was never updated holds the model's weights, so that it can be saved.
-        self._sets.take(self._selection.tensors)
+        with agreeing(ranks_to_ask(check_ranks, tensors_of(model)), "WeightAverages", self._facts):
+            self.rules = {ONLY: rules} if isinstance(rules, Rule) else dict(rules)
+            """The rule of each average."""
+            check_rules(self.rules)
+            if rounding not in ("nearest", "stochastic"):
+                raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+            self._averaging = Averaging(
+                Selection(model, include, exclude, trainable_only, buffers),
+                self.rules,
+                dtype,
+                None if device is None else torch.device(device),
+                seed if rounding == "stochastic" else None,
+                overlap,
+                capturable,
+                backend,
+            )
 
     def update(self, skip: Tensor | None = None) -> None:
         """Take the model's present weights into the averages that are due; call it after `optimizer.step()`.
@@ -119,23 +121,23 @@ class WeightAverages:
                 on the models are counted there.
 
         Raises:
-            RuntimeError: inside `swapped`; in a capture, when the update was not prepared before it.
+            RuntimeError: inside `swapped`; in a capture, when the update was not prepared before it; where FSDP2 holds
+                whole parameters, between a forward and a backward pass.
             ValueError: tensors that appeared, disappeared or changed their shape; the first is named, and nothing has
                 been written. `refresh` accepts them.
         """
         self._refuse_swapped("update")
-        self._prepared().update(skip)
+        self._averaging.update(skip)
 
     def wait(self) -> None:
         """Make what follows see all updates; needed with `overlap` only, where something else writes the weights."""
-        if self._execution is not None:
-            self._execution.wait()
+        self._averaging.wait()
 
     @property
     def n_averaged(self) -> dict[str, int]:
         """How many models each average holds. Waits for the device where the models are counted there."""
         self.wait()
-        return self._counters.n_averaged()
+        return self._averaging.counters.n_averaged()
 
     @contextmanager
     def swapped(self, name: str | None = None) -> Iterator[None]:
@@ -149,13 +151,14 @@ class WeightAverages:
             name: of the average; may be left out where there is one.
 
         Raises:
-            RuntimeError: inside another `swapped`; before the first update.
+            RuntimeError: inside another `swapped`; before the first update; where FSDP2 holds whole parameters.
             KeyError: no average of that name.
         """
         self._settle("swapped")
-        values = self._values(name)
-        self._selection_is_current()
-        with swapped_in(self._selection, values, exchange=len(self._counters.find(name)[1]) == 1):
+        values = self._averaging.values(name)
+        self._averaging.catch_up()
+        exchange = len(self._averaging.counters.find(name)[1]) == 1
+        with swapped_in(self._averaging.selection, values, exchange):
             self._swapped = name or next(iter(self.rules))
             try:
                 yield
@@ -176,18 +179,21 @@ class WeightAverages:
             KeyError: no average of that name.
         """
         self._settle("copy_to")
-        values = self._values(name)
+        values = self._averaging.values(name)
         if model is None:
-            self._selection_is_current()
-        targets = self._selection.tensors if model is None else counterparts(model, self._selection.followed)
+            self._averaging.catch_up()
+        selection = self._averaging.selection
+        targets = selection.tensors if model is None else counterparts(model, selection.followed)
         torch._foreach_copy_(targets, values)
 
     @torch.no_grad()
-    def weights(self, name: str | None = None) -> dict[str, Tensor]:
+    def weights(self, name: str | None = None, *, full: bool = False) -> dict[str, Tensor]:
         """An average by canonical names, tied names included, with the copied buffers that a state_dict holds.
 
         Args:
             name: of the average; may be left out where there is one.
+            full: gather DTensors, one after another, on the CPU of the first rank of their mesh, for export. All ranks
+                must call it; the others get nothing.
 
         Returns:
             Tensors of their own, for `model.load_state_dict` or safetensors; averages in the averages' dtype.
@@ -197,34 +203,38 @@ class WeightAverages:
             KeyError: no average of that name.
         """
         self._settle("weights")
-        values = zip(self._selection.followed, self._values(name), strict=True)
-        return {other: value.clone() for each, value in values if each.saved for other in each.names}
+        return weights_of(self._averaging.selection.followed, self._averaging.values(name), full)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: averages, counters, the rules' descriptions, the seed.
 
         Returns:
-            Tensors (the averages themselves, not copies), numbers and strings in nested dicts.
+            Tensors (the averages themselves, not copies), numbers and strings in nested dicts. Where the model has
+            DTensors they are DTensors placed alike, which torch.distributed.checkpoint saves, and loads in place.
 
         Raises:
             RuntimeError: inside `swapped`.
         """
         self._settle("state_dict")
-        return state_of(self.rules, self._sets, self._counters, self._seed)
+        return state_of(self.rules, self._averaging)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another run was saved.
 
         Args:
-            state: as `state_dict` gave it, on whatever device.
+            state: as `state_dict` gave it, on whatever device; whole tensors too where the model has DTensors.
 
         Raises:
-            ValueError: another rule, seed, name, shape or dtype; the first difference is named, and nothing was loaded.
-            RuntimeError: inside `swapped`.
+            ValueError: another rule, seed, name, shape, dtype or placement, or ranks that differ; the first difference
+                is named, and nothing was loaded.
+            RuntimeError: inside `swapped`; another rank failed.
         """
-        self._settle("load_state_dict")
+        asked = ranks_to_ask(self._check_ranks, [each.tensor for each in self._averaging.selection.followed])
+        with agreeing(asked, "load_state_dict", lambda: {**self._facts(), "the count": state["counters"]}):
+            self._settle("load_state_dict")
+            refuse_state(self.state_dict(), state)
         load_state(self.state_dict(), state)
-        self._counters.load_state_dict(state["counters"])
+        self._averaging.counters.load_state_dict(state["counters"])
 
     def refresh(self) -> None:
         """Accept that tensors of the model appeared, disappeared or changed their shape.
@@ -232,8 +242,8 @@ class WeightAverages:
         Where a tensor has the name and shape of before, its averages go on. Others begin as the model's present values.
         """
         self._settle("refresh")
-        self._selection.refresh()
-        self._take_over()
+        self._averaging.selection.refresh()
+        self._averaging.take_over()
 
     def add(self, tensors: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> None:
         """Follow further tensors. Their averages begin as their present values.
@@ -245,44 +255,11 @@ class WeightAverages:
             ValueError: a name that is followed already.
         """
         self._settle("add")
-        self._selection.add(tensors)
-        self._take_over()
+        self._averaging.selection.add(tensors)
+        self._averaging.take_over()
 
-    def _new_sets(self) -> AverageSets:
-        count = sum(rule.copies for rule in self.rules.values())
-        return AverageSets(self._selection.followed, count, self._dtype, self._device)
-
-    def _take_over(self) -> None:
-        self._forget()
-        before, self._sets = self._sets, self._new_sets()
-        self._sets.take(self._selection.tensors)
-        self._sets.carry_over(before)
-        self._counters.move(self._sets.sets[0][0].device)
-
-    def _prepared(self) -> Execution:
-        if self._execution is None or not self._selection.unchanged():
-            self._selection_is_current()
-            self._execution = execution(self._selection.followed, self._device, self._overlap, self._average_from)
-        return self._execution
-
-    def _average_from(self, sources: Sequence[Tensor]) -> Callable[[Tensor | None], None]:
-        return partial(self._counters.update, self._sets.update_from(sources, self._backend), self._seed)
-
-    def _selection_is_current(self) -> None:
-        if not self._selection.unchanged():
-            self._selection.look()
-            self._forget()
-            if self._device is None and self._sets.devices != [t.device for t in self._selection.tensors]:
-                self._take_over()
-
-    def _forget(self) -> None:
-        self.wait()
-        self._execution = None
-
-    def _values(self, name: str | None) -> list[Tensor]:
-        """An average's tensors and the copies, in the order of what is followed."""
-        sets, mixture = self._counters.find(name)
-        return self._sets.in_order(mixed(self._sets.sets[sets], mixture))
+    def _facts(self) -> dict[str, Any]:
+        return described(self.rules, self._averaging)
 
     def _settle(self, what: str) -> None:
         self._refuse_swapped(what)
@@ -293,6 +270,6 @@ class WeightAverages:
             raise RuntimeError(f"{what}: the model holds the average {self._swapped!r}; leave swapped() first")
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is prepared holds addresses, which mean nothing in a copy or in another process.
-        self.wait()
-        return {**self.__dict__, "_execution": None}
+        # A group of processes means nothing in another process.
+        asked = self._check_ranks if isinstance(self._check_ranks, bool) else None
+        return {**self.__dict__, "_check_ranks": asked}

@@ -31,7 +31,8 @@ LAYERS = [
     {"plane.geometry", "plane.grid", "plane.weights"},
     {"averaged_model", "weight_averages", "swag", "batch_norm", "schedulers"},
     {"swag_state"},
-    {"average_state"},
+    {"agreement", "average_state"},
+    {"averaging"},
     {"average_sets", "counters", "swap", "execution"},
     {"followed", "offload", "overlap"},
     {"module_update", "batch_norm.update", "averaging_functions", "profiles"},
@@ -44,7 +45,7 @@ LAYERS = [
     {"torch_multi_update", "triton_multi_update", "torch_moments", "staging"},
     {"torch_update"},
     {"stretches", "updates"},
-    {"flat"},
+    {"flat", "shards"},
 ]
 
 

@@ -82,7 +82,7 @@ def test_an_error_in_the_thread_is_raised_at_the_next_call(monkeypatch: pytest.M
 
     averages.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(averages._counters, "_update_from_host", broken)
+        patch.setattr(averages._averaging.counters, "_update_from_host", broken)
         averages.update()
         with pytest.raises(OSError, match="no memory"):
             averages.wait()
@@ -92,7 +92,7 @@ def test_an_error_in_the_thread_is_raised_at_the_next_call(monkeypatch: pytest.M
 
 def test_offloading_is_for_a_model_elsewhere() -> None:
     model = nn.Linear(3, 2)
-    followed = WeightAverages(model, EMA(0.5))._selection.followed
+    followed = WeightAverages(model, EMA(0.5))._averaging.selection.followed
     assert not fastswa.execution.offloads(followed, torch.device("cpu"))
     assert not fastswa.execution.offloads(followed, None)
     there = [type(each)(each.names, each.tensor.to("meta"), True, True, False) for each in followed]

@@ -82,7 +82,7 @@ def test_plain_tensors_without_a_module(kind: str) -> None:
     # Two float32 lerps of numbers below 4.
     assert torch.allclose(averages.weights()["two"].double(), by_hand(trajectory), rtol=0, atol=1e-6)
     with averages.swapped():
-        assert torch.equal(tensors["two"], averages._sets.sets[0][1].new_tensor(tensors["two"].tolist()))
+        assert torch.equal(tensors["two"], averages._averaging.sets.sets[0][1].new_tensor(tensors["two"].tolist()))
     assert torch.equal(tensors["two"], trajectory[-1])
 
 
@@ -205,7 +205,7 @@ def test_a_model_that_can_not_be_copied() -> None:
     model = Stubborn(3, 2)
     averages = updated(model)
     with averages.swapped():
-        assert torch.equal(model.weight, averages._selection.followed[-1].tensor)
+        assert torch.equal(model.weight, averages._averaging.selection.followed[-1].tensor)
 
 
 def test_the_window_keeps_the_latest_models() -> None:
@@ -230,7 +230,7 @@ def test_an_exchange_needs_no_third_copy() -> None:
     with averages.swapped():
         assert torch.equal(model.weight, inside)
         # The average's own memory holds the live weights meanwhile.
-        assert any(torch.equal(tensor, live) for tensor in averages._sets.sets[0])
+        assert any(torch.equal(tensor, live) for tensor in averages._averaging.sets.sets[0])
         assert model.weight.data_ptr() == address
     assert torch.equal(model.weight, live)
 
@@ -247,7 +247,7 @@ def test_an_optimizer_and_a_compiled_graph_go_on_after_swapping() -> None:
         optimizer.step()
         averages.update()
         with averages.swapped(), torch.no_grad():
-            found = averages._selection.followed
+            found = averages._averaging.selection.followed
             assert torch.equal(compiled(x), model(x))
             assert all(each.tensor.data_ptr() for each in found)
     assert averages.n_averaged == {"average": 4}
