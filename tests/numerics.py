@@ -46,6 +46,11 @@ def moments_ulps(dtype: torch.dtype, wider: bool, kernel: bool = False) -> tuple
     return LERP_ULPS[dtype] + 0.5, VARIANCE_ULPS, DEVIATION_ULPS
 
 
+# Two ways to make a normal number of the same random words differ by this part of it. Each errs, in units of 2^-23: the
+# logarithm by 1, halved by the root, the root by 1 on a GPU, the sine by 2, the product by 1/2; together 4, twice.
+NORMAL_ERROR = 8 * 2**-23
+
+
 # A float64 sum rounded once: by half an ulp. The half-precision dtypes are reached through float32, whose own half ulp
 # is 2^-14 (float16) or 2^-17 (bfloat16) of theirs.
 SUM_ULPS = {torch.float32: 0.5, torch.float64: 0.5, torch.float16: 0.5 + 2**-14, torch.bfloat16: 0.5 + 2**-17}
