@@ -46,34 +46,38 @@ ptx.KERNELS = (bad,)
 raise SystemExit(ptx.run(None))
 """
 
-SPECIALISATIONS = """
+RECORDING = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastswa_kernels import MultiLerpTable, StochasticRounding, average_launch
 
-kernel = average_launch.lerp_kernel
-bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-seen = []
+class Recorded:
+    def __init__(self, kernel):
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.seen = []
 
-
-class Bound:
     def __getitem__(self, grid):
-        return lambda *arguments, **more: seen.append(str(bind(*arguments, **more)[1]))
+        return lambda *arguments, **more: self.seen.append(str(self.bind(*arguments, **more)[1]))
+"""
+"""Launches as Triton itself tells them apart, up to where it would ask for a device."""
 
+SPECIALISATIONS = """
+from fastswa_kernels import MultiLerpTable, StochasticRounding, average_launch, average_plan
 
-average_launch.lerp_kernel = Bound()
+recorded = average_launch.lerp_kernel = Recorded(average_launch.lerp_kernel)
+average_plan.refusal = lambda device: None
 
 
 def forms(dtype, *updates):
     averages = [[torch.zeros(64, dtype=dtype)] for _ in range(3)]
-    seen.clear()
+    recorded.seen.clear()
     table = MultiLerpTable(averages, [torch.zeros(64)])
     for update in updates:
         table.lerp_(*update)
-    return len(set(seen))
+    return len(set(recorded.seen))
 
 
 values = ([0.5, 0.0, 1.0], [1, 0, 0], [0.1, 0.2, 0.3])
@@ -89,30 +93,34 @@ print(
 """
 
 COMBINATIONS = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-
 from fastswa_kernels import combine
 
-kernel = combine.combine_kernel
-bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-seen = []
-
-
-class Bound:
-    def __getitem__(self, grid):
-        return lambda *arguments, **more: seen.append(str(bind(*arguments, **more)[1]))
-
-
-combine.combine_kernel, combine.refusal = Bound(), lambda device: None
+recorded = combine.combine_kernel = Recorded(combine.combine_kernel)
+combine.refusal = lambda device: None
 for size in (1, 16, 4096, 100000):
     for count in (1, 2, 9, 16):
         sources, coefficients = [[torch.ones(size)] for _ in range(count)], torch.ones(count + 1, dtype=torch.float64)
         for values in ([0.0] * count, [1] * count, [0.3] * count, coefficients[1:]):
             combine.combine_([torch.zeros(size)], sources, values)
-print(len(seen), len(set(seen)))
+print(len(recorded.seen), len(set(recorded.seen)))
+"""
+
+MOMENTS = """
+from fastswa_kernels import moments, moments_table, sample
+
+taken = moments.moments_kernel = Recorded(moments.moments_kernel)
+drawn = sample.sample_kernel = Recorded(sample.sample_kernel)
+moments_table.refusal = lambda device: None
+for size in (1, 16, 4096, 100000):
+    for count in (1, 2, 11, 20):
+        means, variances, sources, *ring = ([torch.ones(size)] for _ in range(3 + count))
+        table = moments.MomentsTable(means, variances, sources, ring)
+        for weight in (0, 1, 0.5):
+            table.moments_(weight, count - 1)
+        for seed, step in ((0, 0), (1, 16), (-1, 2**40)):
+            for factor in (0.0, 1, 0.3):
+                sample.sample_(sources, means, variances, ring, [factor] * count, 1.0, seed=seed, step=step)
+print(len(taken.seen), len(set(taken.seen)), len(drawn.seen), len(set(drawn.seen)))
 """
 
 
@@ -128,9 +136,10 @@ def test_every_kernel_keeps_its_promises_on_every_target() -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         # 16 pairs of dtypes, 3 of them with a second form of the weight; 15 of several averages, of stochastic rounding
-        # and of flags; 16 pairs of weighted sums; 4 dtypes of batch statistics; 2 layouts, each with 3 + 4 + 4 + 2
-        # widths of 4 dtypes and 4 with more values; 4 merges.
-        assert result.stdout.count(f" {target} ") >= 16 + 3 + 15 + 16 + 4 + 2 * (13 + 4) + 4
+        # and of flags; 16 pairs of weighted sums; 16 of moments and 2 other forms; 16 of samples and one without a
+        # diagonal; 4 dtypes of batch statistics; 2 layouts, each with 3 + 4 + 4 + 2 widths of 4 dtypes and 4 with more
+        # values; 4 merges.
+        assert result.stdout.count(f" {target} ") >= 16 + 3 + 15 + 16 + 18 + 17 + 4 + 2 * (13 + 4) + 4
     assert "0 broken promises" in result.stdout
 
 
@@ -150,15 +159,18 @@ def test_broken_promises_are_found(tmp_path: Path) -> None:
 
 
 def test_no_value_of_an_argument_compiles_the_kernel_again() -> None:
-    # As Triton itself tells launches apart, up to where it would ask for a device.
-    program = "from fastswa_kernels import average_plan\naverage_plan.refusal = lambda device: None\n" + SPECIALISATIONS
-    result = compile_in_a_process("-c", program)
+    result = compile_in_a_process("-c", RECORDING + SPECIALISATIONS)
     assert result.stdout.split() == ["1", "1", "1", "1", "4"], result.stdout + result.stderr
 
 
 def test_one_compiled_kernel_sums_any_number_of_sources() -> None:
-    result = compile_in_a_process("-c", COMBINATIONS)
+    result = compile_in_a_process("-c", RECORDING + COMBINATIONS)
     assert result.stdout.split() == ["64", "1"], result.stdout + result.stderr
+
+
+def test_one_compiled_kernel_takes_any_slot_and_one_draws_with_any_number_of_deviations() -> None:
+    result = compile_in_a_process("-c", RECORDING + MOMENTS)
+    assert result.stdout.split() == ["48", "1", "144", "1"], result.stdout + result.stderr
 
 
 def test_interpreted_kernels_are_refused() -> None:

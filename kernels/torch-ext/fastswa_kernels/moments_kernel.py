@@ -63,7 +63,7 @@ def _moments_row(
         start += BLOCK
 
 
-@triton.jit(do_not_specialize=["aligned_rows", "rows", "columns", "slot"])
+@triton.jit(do_not_specialize=["aligned_rows", "rows", "columns", "slot", "weight"])
 def moments_kernel(
     table,
     aligned_rows,

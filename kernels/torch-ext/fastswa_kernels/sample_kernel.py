@@ -66,7 +66,7 @@ def _draw_row(
         start += BLOCK
 
 
-@triton.jit(do_not_specialize=["aligned_rows", "rows", "columns", "key"])
+@triton.jit(do_not_specialize=["aligned_rows", "rows", "columns", "numbers", "key"])
 def sample_kernel(
     table,
     aligned_rows,
