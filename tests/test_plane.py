@@ -149,6 +149,11 @@ def test_modules_averaged_models_and_mappings_are_the_same_points() -> None:
         for target in (ConvNet(), fastswa.AveragedModel(ConvNet())):
             other.write_(target, *plane.points[2][:2])
             assert vector(target).tolist() == vector(points[2]).tolist()
+    inside = [fastswa.AveragedModel(nn.DataParallel(point)) for point in points]
+    assert WeightPlane(*inside).points == plane.points
+    target = fastswa.AveragedModel(ConvNet())
+    WeightPlane(*averages).write_(target, 0.0, 0.0)
+    assert target.n_averaged == 0
     mixed = WeightPlane(points[0], averages[1].state_dict(), points[2])
     assert mixed.points == plane.points
 

@@ -72,6 +72,24 @@ def test_batch_norm_is_recomputed_at_each_point(plane: WeightPlane, model: ConvN
     assert not np.allclose(fewer.values["value"], recomputed.values["value"])
 
 
+def test_autocast_sees_the_weights_of_each_point(plane: WeightPlane, model: ConvNet) -> None:
+    images = torch.randn(4, 1, 8, 8)
+
+    def score(model: nn.Module) -> Tensor:
+        return model.eval()(images).float().square().mean().detach()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        grid = plane.evaluate(model, score, X, Y)
+        after = score(model)
+    other = ConvNet()
+    for (row, y), (column, x) in product(enumerate(Y), enumerate(X)):
+        plane.write_(other, x, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert grid.values["value"][row, column] == float(score(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert after == score(model)
+
+
 def test_at_the_points_it_is_the_models_own_value(plane: WeightPlane, model: ConvNet) -> None:
     # The third point is the model as it stands.
     own = float(model.head.weight[1, 2].detach())

@@ -21,21 +21,30 @@ def test_points_that_span_no_plane_are_refused() -> None:
             WeightPlane(*corners)
     with pytest.raises(ValueError, match="w2 and w3 coincide"):
         WeightPlane(first, second, second)
-    for share in (0.5, 1 / 3, 1.7, -0.4):
-        # Rounding takes these off the line, by about 1e-7 of the weights.
+    close = copy.deepcopy(first)
+    with torch.no_grad():
+        for own, other in zip(close.parameters(), second.parameters(), strict=True):
+            own += 1e-3 * (other - own)
+    for corner, share in ((second, 0.5), (second, -0.4), (close, 1 / 3), (close, 1.7)):
+        # Rounding takes these off the line; between close points, by more than a millionth of their distance.
         between = copy.deepcopy(first)
         with torch.no_grad():
-            for own, other in zip(between.parameters(), second.parameters(), strict=True):
+            for own, other in zip(between.parameters(), corner.parameters(), strict=True):
                 own.copy_(own.double() + share * (other.double() - own.double()))
-        with pytest.raises(ValueError, match="on one line"):
-            WeightPlane(first, second, between)
-        # As would an optimizer's last steps, which are of that size too.
-        near = copy.deepcopy(between)
+        with pytest.raises(ValueError, match="lie on one line: the triangle is"):
+            WeightPlane(first, corner, between)
         with torch.no_grad():
-            near.hidden.weight += 1e-4 * torch.randn_like(near.hidden.weight)
-        assert WeightPlane(first, second, near).points[2].y == pytest.approx(
-            1e-4 * near.hidden.weight.numel() ** 0.5, rel=0.1
-        )
+            between.hidden.weight += 1e-4 * torch.randn_like(between.hidden.weight)
+        height = 1e-4 * between.hidden.weight.numel() ** 0.5
+        assert WeightPlane(first, corner, between).points[2].y == pytest.approx(height, rel=0.1)
+
+
+def test_weights_that_never_moved_hide_no_plane() -> None:
+    points = torch.randn(3, 5)
+    frozen = torch.full((1000,), 1e9)
+    plane = WeightPlane(*({"frozen": frozen, "head": point} for point in points))
+    # Rounded as they are, the frozen weights alone could be 1e3 from where they belong.
+    assert plane.points == WeightPlane(*({"head": point} for point in points)).points
 
 
 def test_weights_that_are_tied_otherwise_are_refused() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastswa.plane.grid import PlaneGrid
 from fastswa.plane.labels import place_labels
-from fastswa.plane.levels import contour_levels
+from fastswa.plane.levels import contour_levels, level_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def plot(
     # Inside the axes' own frame, so that it is as high as they are once their aspect is applied.
     room = axes.inset_axes((1.03, 0.0, 0.05, 1.0))
     bar = figure.colorbar(filled, cax=room, label=value, ticks=chosen, spacing="uniform", drawedges=True)
-    bar.ax.set_yticklabels([f"{level:.10g}" for level in chosen])
+    bar.ax.set_yticklabels(level_labels(chosen))
     bar.ax.minorticks_off()
 
     axes.set(xlabel="distance along $w_2 - w_1$", ylabel="distance orthogonal to it", aspect="equal")

@@ -62,6 +62,27 @@ def contour_levels(values: Array, count: int = 10) -> Array:
     return np.array(levels)
 
 
+def level_labels(levels: Array) -> list[str]:
+    """Levels in as few digits, 6 or more, as tell each from its neighbours.
+
+    Args:
+        levels: ascending.
+
+    Returns:
+        Words for each.
+
+    Example:
+        >>> level_labels(np.array([0.1, 0.25])), level_labels(np.array([1234.5, 1234.5001]))
+        (['0.1', '0.25'], ['1234.5', '1234.5001'])
+    """
+    gap = float(np.diff(levels).min()) if len(levels) > 1 else math.inf
+    for digits in range(6, 18):
+        labels = [f"{level:.{digits}g}" for level in levels]
+        if max(abs(float(label) - level) for label, level in zip(labels, levels, strict=True)) <= gap / 100:
+            break
+    return labels
+
+
 def _round(value: float, gap: float, rounding: Callable[[float], int]) -> float:
     digits = -math.floor(math.log10(gap))
     return round(rounding(value * 10.0**digits) / 10.0**digits, max(digits, 0))

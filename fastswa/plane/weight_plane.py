@@ -100,6 +100,18 @@ class WeightPlane:
         side, foot, height = self._triangle.side, self._triangle.foot, self._triangle.height
         return Coordinates(0.0, 0.0, 0.0), Coordinates(side, 0.0, 0.0), Coordinates(foot, height, 0.0)
 
+    @property
+    def fingerprint(self) -> dict[str, float]:
+        """Numbers that tell this plane from others, by what they measure; files of grids hold them."""
+        first = [each.points[0] for each in self._measured]
+        return {
+            "number of parameters": float(sum(tensor.numel() for tensor in first)),
+            "norm of w1": norm(first),
+            "x of w2": self._triangle.side,
+            "x of w3": self._triangle.foot,
+            "y of w3": self._triangle.height,
+        }
+
     def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
         r"""The affine combination that a point of the plane is.
 
@@ -171,6 +183,8 @@ class WeightPlane:
         for name, tensor in named_model.integers.items():
             if name in nearest:
                 tensor.copy_(nearest[name])
+        # Autocast would go on with its converted copies of other weights until its context ends.
+        torch.clear_autocast_cache()
 
     def grid(
         self, points: int = 21, margin: float = 0.2, include: Iterable[Weights | Coordinates] = ()
@@ -253,7 +267,7 @@ class WeightPlane:
         check_progress(progress)
         if isinstance(update_bn_loader, Iterator):
             raise ValueError("update_bn_loader is read at every point, but it is an iterator, which gives batches once")
-        grid = PlaneGrid(np.asarray(x, np.float64), np.asarray(y, np.float64), self._fingerprint())
+        grid = PlaneGrid(np.asarray(x, np.float64), np.asarray(y, np.float64), self.fingerprint)
         if path is not None and Path(path).exists():
             stored = PlaneGrid.load(path)
             different = grid.difference(stored)
@@ -271,16 +285,6 @@ class WeightPlane:
         with lent(model):
             fill(grid, values, path, save_every, progress)
         return grid
-
-    def _fingerprint(self) -> dict[str, float]:
-        first = [each.points[0] for each in self._measured]
-        return {
-            "number of parameters": float(sum(tensor.numel() for tensor in first)),
-            "norm of w1": norm(first),
-            "x of w2": self._triangle.side,
-            "x of w3": self._triangle.foot,
-            "y of w3": self._triangle.height,
-        }
 
 
 def _kept(entry: Entry, device: torch.device | None) -> Entry:
