@@ -124,7 +124,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
                 )
     left.set_yticks(range(len(METHODS)), list(METHODS))
     left.set(xlabel="test accuracy in %", ylim=(len(METHODS) - 0.5, -0.6))
-    right.set(xlabel=f"test accuracy less {BASELINE}'s of the same seed, in %")
+    right.set(xlabel=f"less {BASELINE}'s with the same seed, in points")
     right.axvline(0, color="0.4", linewidth=0.8)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
