@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastswa import backends
+from fastswa import backends, shards
 from fastswa.average_state import different_tensors
 from fastswa.flat import ALIGNMENT
 from fastswa.followed import Followed
@@ -37,12 +37,21 @@ class MomentRows:
         rank: deviations in the ring.
         dtype: of all rows.
         device: of all rows; None for each tensor's own.
+
+    Raises:
+        TypeError: a tensor that several processes hold together; names it.
     """
 
     def __init__(
         self, followed: Sequence[Followed], rank: int, dtype: torch.dtype, device: torch.device | None
     ) -> None:
         self._names = [each.name for each in followed]
+        sharded = next((each.name for each in followed if shards.is_sharded(each.tensor)), None)
+        if sharded is not None:
+            raise TypeError(
+                f"{sharded!r} is a DTensor, of which each process holds a part: samples would have the same noise in "
+                "every part. SWAG follows whole tensors; exclude it, or follow a model that is not sharded"
+            )
         self._places: list[_Place] = []
         # On a GPU every tensor starts on a cache line, so that every one qualifies for 128-bit access.
         step = ALIGNMENT // dtype.itemsize
@@ -126,7 +135,7 @@ class MomentRows:
         Args:
             targets: one real tensor for each that is followed, in that order; on any device.
         """
-        torch._foreach_copy_(targets, self.means)
+        torch._foreach_copy_(list(targets), self.means)
         # Autocast would go on with its converted copies of other weights until its context ends.
         torch.clear_autocast_cache()
 

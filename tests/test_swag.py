@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from fastswa import SWA, SWAG, WeightAverages
 from tests.models import ComplexNet, ConvNet, TiedNet, train_step
@@ -168,6 +170,19 @@ def test_complex_weights_are_pairs() -> None:
     swag.sample_()
     swag.mean_()
     assert torch.allclose(model.filter, mean, rtol=0, atol=1e-5)
+
+
+def test_sharded_weights_are_refused() -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.ParameterDict({"whole": nn.Parameter(torch.zeros(2))})
+        model["part"] = nn.Parameter(distribute_tensor(torch.zeros(4), mesh))
+        with pytest.raises(TypeError, match="'part' is a DTensor, of which each process holds a part"):
+            SWAG(model)
+        assert SWAG(model, exclude="part").state_dict()["mean"].keys() == {"whole"}
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
