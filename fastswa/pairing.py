@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,12 +84,49 @@ def pair_buffers(averaged: nn.Module, model: nn.Module) -> list[Pair]:
     )
 
 
-def _pair(kind: str, averaged: Named, model: Named) -> list[Pair]:
-    pairs = _by_name(averaged, model)
-    if pairs is None:
-        pairs = _by_name(_canonical(averaged), _canonical(model))
-    if pairs is None:
-        pairs = _by_order(kind, averaged, model)
+def pair_names(averaged: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> list[Pair]:
+    """Pair chosen tensors of an average with a model's by canonical name; the model may have more.
+
+    Args:
+        averaged: averages by name.
+        model: tensors by name.
+
+    Returns:
+        One pair for each tensor of `averaged`, in its order, however many names it has.
+
+    Raises:
+        ValueError: names the first tensor that the model has not, has in another shape, or ties otherwise.
+
+    Example:
+        >>> average, model = {"a": torch.zeros(2)}, {"_orig_mod.a": torch.ones(2), "b": torch.ones(1)}
+        >>> [pair.name for pair in pair_names(average, model)]
+        ['a']
+    """
+    sources = dict(_canonical(list(model.items())))
+    pairs: dict[int, Pair] = {}
+    for name, average in averaged.items():
+        source = sources.get(canonical(name))
+        if source is None:
+            raise ValueError(f"the model has no {name!r}; update from the model that the average was made of")
+        first = pairs.setdefault(id(average), Pair(name, average, source))
+        if first.source is not source:
+            raise ValueError(f"{first.name!r} and {name!r} are one tensor in the average and two in the model")
+    return check_shapes("tensor", list(pairs.values()))
+
+
+def check_shapes(kind: str, pairs: list[Pair]) -> list[Pair]:
+    """Refuse pairs of different shapes.
+
+    Args:
+        kind: what the tensors are, for the error.
+        pairs: to check.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError: names the first.
+    """
     for pair in pairs:
         if pair.average.shape != pair.source.shape:
             raise ValueError(
@@ -97,6 +134,15 @@ def _pair(kind: str, averaged: Named, model: Named) -> list[Pair]:
                 f"{tuple(pair.source.shape)} in the model; update from the model that the average was made of"
             )
     return pairs
+
+
+def _pair(kind: str, averaged: Named, model: Named) -> list[Pair]:
+    pairs = _by_name(averaged, model)
+    if pairs is None:
+        pairs = _by_name(_canonical(averaged), _canonical(model))
+    if pairs is None:
+        pairs = _by_order(kind, averaged, model)
+    return check_shapes(kind, pairs)
 
 
 def _canonical(tensors: Named) -> Named:

@@ -1,0 +1,5 @@
+"""Averages in the form in which other libraries expect them; each module imports what it needs of its library.
+
+lightning: FastWeightAveraging, for WeightAveraging and EMAWeightAveraging.
+torch_ema: ExponentialMovingAverage.
+"""
