@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastswa.acceleration import Acceleration, accelerate_torch, restore_torch
 from fastswa.averaged_model import AveragedModel
 from fastswa.averaging_functions import (
     get_ema_avg_fn,
@@ -28,6 +29,7 @@ __all__ = [
     "SWA",
     "SWAG",
     "SWALR",
+    "Acceleration",
     "AnnealingWarmup",
     "AveragedModel",
     "BNUpdateReport",
@@ -39,11 +41,13 @@ __all__ = [
     "RatioWarmup",
     "Snapshot",
     "WeightAverages",
+    "accelerate_torch",
     "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",
     "get_swa_avg_fn",
     "get_swa_multi_avg_fn",
+    "restore_torch",
     "synthesize",
     "update_bn",
 ]

@@ -26,7 +26,7 @@ LAYERS = [
     {"__main__"},
     {"integrations", "integrations.torch_ema"},
     {"__init__"},
-    {"synthesis", "plane", "ensemble"},
+    {"acceleration", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
     {"plane.evaluation", "plane.labels", "plane.levels"},
     {"plane.geometry", "plane.grid", "plane.weights"},

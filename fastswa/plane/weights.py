@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import swa_utils
+from torch.optim.swa_utils import AveragedModel
 
 from fastswa.module_update import check_values
 from fastswa.pairing import canonical
@@ -84,7 +84,7 @@ def read(weights: Weights, role: str) -> NamedWeights:
         ValueError: a tensor without values, or two under one canonical name; names it.
     """
     parameters = None
-    if isinstance(weights, swa_utils.AveragedModel):
+    if isinstance(weights, AveragedModel):
         weights = weights.module
     if isinstance(weights, nn.Module):
         check_values(weights, role)
