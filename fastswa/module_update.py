@@ -153,7 +153,9 @@ def prepare_lerp(
         update = backends.prepare(averages, sources, copy_to, copy_from, backend, flat)
         return lambda weight, random: update.lerp_(weight)
     sets = backends.prepare_sets([averages], sources, copy_to, copy_from, backend, [flat], flat)
-    return lambda weight, random: sets.lerp_((weight,), random, None)
+    return lambda weight, random: sets.lerp_(
+        weight.reshape(1) if isinstance(weight, Tensor) else (weight,), random, None
+    )
 
 
 def sort_pairs(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], list[Pair]]:

@@ -24,7 +24,7 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 # Imports run downwards only: a module may import from the layers below its own.
 LAYERS = [
     {"__main__"},
-    {"integrations", "integrations.torch_ema"},
+    {"integrations", "integrations.timm", "integrations.torch_ema"},
     {"__init__"},
     {"acceleration", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
@@ -155,6 +155,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("torchvision_imports")
 def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)
     names = {**vars(module), **{public: getattr(fastswa, public) for public in fastswa.__all__}, "torch": torch}
@@ -169,6 +170,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("torchvision_imports")
 def test_everything_public_is_documented(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__

@@ -1,0 +1,31 @@
+"""timm's average of a model, as its task updates it after each step of the optimizer."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from torch import nn
+
+from benchmarks.providers import Prepared, held_by
+
+
+def _prepared(each: Any, model: nn.Module) -> Prepared:
+    average = each(model, decay=0.9998)
+    # From the second step on the decay is constant.
+    steps = count(2)
+    return Prepared(lambda: average.update(model, step=next(steps)), held_by(average.module))
+
+
+def original(model: nn.Module) -> Prepared:
+    """The library's own update of an average of the model."""
+    from timm.utils import ModelEmaV3
+
+    return _prepared(ModelEmaV3, model)
+
+
+def ours(model: nn.Module) -> Prepared:
+    """The same with fastswa."""
+    from fastswa.integrations.timm import ModelEmaV3
+
+    return _prepared(ModelEmaV3, model)
