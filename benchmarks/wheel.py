@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fastswa", "fastswa_kernels")
 COPIED = (
-    *("tests", "benchmarks", "kernels"),
+    *("tests", "benchmarks", "kernels", "docs"),
     *("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"),
 )
 """Of the checkout; tests read some of them."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.torchvision_operators import declare
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
@@ -50,15 +52,5 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def torchvision_imports() -> None:
-    """timm and diffusers import torchvision, whose compiled part loads only beside the torch that it was built with.
-
-    The registry's wheel is built for CUDA: beside a torch for CPUs its operators stay undeclared, and torchvision
-    refuses to be imported without these two. The tests call neither, so their names are enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """timm, diffusers and others import torchvision, which may not load beside this torch."""
+    declare()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .multi_average import MultiLerpTable, multi_lerp_
     from .sample import sample_
 
+__version__ = "1.0.0"
+"""Of the names below and their signatures, by Semantic Versioning; not of fastswa."""
+
 __all__ = [
     "LaunchConfig",
     "LerpTable",
