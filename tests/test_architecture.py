@@ -24,7 +24,7 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 # Imports run downwards only: a module may import from the layers below its own.
 LAYERS = [
     {"__main__"},
-    {"integrations", "integrations.timm", "integrations.torch_ema"},
+    {"integrations", "integrations.timm", "integrations.ema_pytorch", "integrations.torch_ema"},
     {"__init__"},
     {"acceleration", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"agreement", "average_state"},
     {"averaging"},
     {"average_sets", "counters", "swap", "execution"},
-    {"followed", "offload", "overlap", "list_update"},
+    {"followed", "offload", "unprepared", "overlap", "list_update", "module_follower"},
     {"module_update", "batch_norm.update", "averaging_functions", "profiles"},
     {"batch_norm.engines", "batch_norm.sweeps", "lawa", "power_ema"},
     {"batch_norm.calls", "batch_norm.confidence", "batch_norm.group"},
