@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastswa import backends
 from fastswa.flat import FlatBuffers
-from fastswa.module_update import divide, tensor_refusal
+from fastswa.module_update import Lerp, divide, prepare_lerp, tensor_refusal
 from fastswa.pairing import Pair, check_shapes
-from fastswa.updates import Update
+from fastswa.updates import Random
 
 
 class ListUpdate:
@@ -25,6 +24,8 @@ class ListUpdate:
         averages: tensors of any dtype, each listed once; written.
         sources: one for each average; read, and not kept alive. A tensor may be there twice.
         backend: as `backends.choose` takes it.
+        copied: positions of tensors that are copied though they are floating.
+        stochastic: prepare for stochastic rounding of bfloat16 and float16 averages.
 
     Raises:
         ValueError: lists of different lengths, or tensors of different shapes; names the first by its position.
@@ -39,7 +40,14 @@ class ListUpdate:
         tensor([0.2500, 0.2500, 0.2500])
     """
 
-    def __init__(self, averages: Sequence[Tensor], sources: Sequence[Tensor], backend: str = "auto") -> None:
+    def __init__(
+        self,
+        averages: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        backend: str = "auto",
+        copied: Iterable[int] = (),
+        stochastic: bool = False,
+    ) -> None:
         if len(averages) != len(sources):
             raise ValueError(f"there are {len(averages)} averages, but {len(sources)} tensors to update them from")
         pairs = [Pair(str(i), *pair) for i, pair in enumerate(zip(averages, sources, strict=True))]
@@ -47,18 +55,19 @@ class ListUpdate:
             reason = tensor_refusal(pair.average) or tensor_refusal(pair.source)
             if reason is not None:
                 raise TypeError(f"tensor {pair.name!r} is {reason}, and can't be averaged")
-        lerps, copies = divide(pairs)
+        lerps, copies = divide(pairs, set(map(str, copied)))
         flat = FlatBuffers([pair.average for pair in (*lerps, *copies)])
         # What is prepared serves later calls too, which may be outside inference mode. It gets aliases of the sources,
         # so that these may end.
         with torch.inference_mode(False), torch.no_grad():
-            self._update: Update | None = backends.prepare(
+            self._update: Lerp | None = prepare_lerp(
                 [_real(pair.average) for pair in lerps],
                 [_real(pair.source) for pair in lerps],
                 [pair.average for pair in copies],
                 [pair.source.detach() for pair in copies],
                 backend,
                 flat,
+                stochastic,
             )
         self._known = list(map(id, sources))
         self._addresses = _addresses(averages), _addresses(sources)
@@ -80,14 +89,15 @@ class ListUpdate:
         )
 
     @torch.no_grad()
-    def lerp_(self, weight: float | Tensor) -> None:
+    def lerp_(self, weight: float | Tensor, random: Random = None) -> None:
         """Move the averages towards their sources by `weight`, and copy what is copied.
 
         Args:
             weight: in [0, 1]: a float, or a 0-dimensional tensor on the averages' device.
+            random: seed and step of stochastic rounding, if it was prepared for; None to round to nearest.
         """
         assert self._update is not None  # the caller asked fits()
-        self._update.lerp_(weight)
+        self._update(weight, random)
 
 
 def _forget(update: weakref.ref[ListUpdate], _: object) -> None:
