@@ -24,7 +24,13 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 # Imports run downwards only: a module may import from the layers below its own.
 LAYERS = [
     {"__main__"},
-    {"integrations", "integrations.diffusers", "integrations.timm", "integrations.ema_pytorch", "integrations.torch_ema"},
+    {
+        "integrations",
+        "integrations.diffusers",
+        "integrations.ema_pytorch",
+        "integrations.timm",
+        "integrations.torch_ema",
+    },
     {"__init__"},
     {"acceleration", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
