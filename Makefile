@@ -53,11 +53,13 @@ check: $(VENV)/test $(VENV)/check
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks update
 	$(BIN)/python -m benchmarks update_bn
+	$(BIN)/python -m benchmarks import_time
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m pytest -m gpu -q
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update --device cuda
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update_bn --device cuda
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks integrations --device cuda
 
 clean:
 	rm -rf $(VENV) dist

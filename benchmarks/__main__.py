@@ -14,6 +14,8 @@ COMMANDS = {
     "plane": "draw the SWA paper's figure for digits: the loss on the plane of three models that SWA averages",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
     "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
+    "integrations": "time one update in each library that averages weights: its own, and fastswa's in its place",
+    "import_time": "time `import fastswa` beside `import torch`",
     "report": "draw the pictures of the measurements from the committed CSV files",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",

@@ -66,7 +66,7 @@ def measure_case(
         right = [name for name, verdict in verdicts.items() if verdict in (YES, CEILING_NOTE)]
         prepared = {name: providers[name].setup(model, PLANS[plan]) for name in right}
     if settled:
-        _settle_allocator()
+        settle_allocator()
     clock = CUDAClock() if device.type == "cuda" else CPUClock()
     times, disturbed = measure({name: ready.update for name, ready in prepared.items()}, clock, seconds)
     for name, ready in prepared.items():
@@ -101,7 +101,7 @@ MEASURED = (
 )
 
 
-def _settle_allocator() -> None:
+def settle_allocator() -> None:
     """Free one block of 30 MB on the CPU, as training may do with its activations.
 
     The C library then keeps blocks of up to that size for the next temporary, where before it gave the larger ones back

@@ -71,7 +71,7 @@ def verify(
     steps: dict[str, Step] = {}
     for update in range(UPDATES):
         if update:
-            _change(model)
+            change(model)
         for name in list(prepared):
             averages = prepared[name].averages
             if update == UPDATES - 1 and providers[name].stochastic and averages is not None:
@@ -87,7 +87,12 @@ def verify(
 
 
 @torch.no_grad()
-def _change(model: nn.Module) -> None:
+def change(model: nn.Module) -> None:
+    """Multiply every weight by `FACTOR`, and count up every integer.
+
+    Args:
+        model: to be changed.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.mul_(FACTOR)

@@ -1,0 +1,29 @@
+"""torch_ema's average of a model, as its README updates it after each step of the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from benchmarks.providers import Prepared
+
+
+def _prepared(each: Any, model: nn.Module) -> Prepared:
+    average = each(model.parameters(), decay=0.995)
+    names = [name for name, _ in model.named_parameters()]
+    return Prepared(average.update, lambda: iter([dict(zip(names, average.shadow_params, strict=True))]))
+
+
+def original(model: nn.Module) -> Prepared:
+    """The library's own update of an average of the model."""
+    from torch_ema import ExponentialMovingAverage
+
+    return _prepared(ExponentialMovingAverage, model)
+
+
+def ours(model: nn.Module) -> Prepared:
+    """The same with fastswa."""
+    from fastswa.integrations.torch_ema import ExponentialMovingAverage
+
+    return _prepared(ExponentialMovingAverage, model)
