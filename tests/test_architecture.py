@@ -28,6 +28,7 @@ LAYERS = [
         "integrations",
         "integrations.diffusers",
         "integrations.ema_pytorch",
+        "integrations.ignite",
         "integrations.lightning",
         "integrations.timm",
         "integrations.torch_ema",

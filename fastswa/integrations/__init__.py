@@ -2,6 +2,7 @@
 
 diffusers: EMAModel.
 ema_pytorch: EMA.
+ignite: EMAHandler.
 lightning: FastWeightAveraging, for WeightAveraging and EMAWeightAveraging.
 timm: ModelEmaV3.
 torch_ema: ExponentialMovingAverage.
