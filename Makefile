@@ -29,11 +29,11 @@ else
 endif
 	touch $@
 
-# timm and torchvision without what they ask for: torchvision would put the one torch it was built with in TORCH's place.
+# timm, torchvision and ultralytics alone: torchvision would put the one torch it was built with in TORCH's place.
 $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/check: $(VENV)/%: $(STAMP) pyproject.toml
 	$(PIP) --constraint $(PINS) hatchling editables
 	$(PIP) --constraint $(PINS) --no-build-isolation --editable '.[$*]'
-	$(if $(filter test,$*),$(PIP) --constraint $(PINS) --no-deps timm torchvision)
+	$(if $(filter test,$*),$(PIP) --constraint $(PINS) --no-deps timm torchvision ultralytics)
 	touch $@
 
 demo: $(VENV)/demo

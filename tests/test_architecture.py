@@ -32,6 +32,7 @@ LAYERS = [
         "integrations.lightning",
         "integrations.timm",
         "integrations.torch_ema",
+        "integrations.ultralytics",
     },
     {"__init__"},
     {"acceleration", "synthesis", "plane", "ensemble"},

@@ -6,4 +6,5 @@ ignite: EMAHandler.
 lightning: FastWeightAveraging, for WeightAveraging and EMAWeightAveraging.
 timm: ModelEmaV3.
 torch_ema: ExponentialMovingAverage.
+ultralytics: ModelEMA.
 """

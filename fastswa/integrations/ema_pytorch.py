@@ -62,6 +62,7 @@ class EMA(nn.Module):
         RuntimeError: a model that can't be copied.
 
     Example:
+        >>> from fastswa.integrations.ema_pytorch import EMA
         >>> model = torch.nn.Linear(4, 2)
         >>> ema = EMA(model, beta=0.999, update_after_step=0, update_every=1)
         >>> ema.update()

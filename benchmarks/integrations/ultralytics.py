@@ -1,0 +1,29 @@
+"""ultralytics' average of a model, as its trainer updates it after each step of the optimizer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from benchmarks.providers import Prepared, held_by
+
+
+def _prepared(each: Any, model: nn.Module) -> Prepared:
+    average = each(model)
+    return Prepared(partial(average.update, model), held_by(average.ema))
+
+
+def original(model: nn.Module) -> Prepared:
+    """The library's own update of an average of the model."""
+    from ultralytics.utils.torch_utils import ModelEMA
+
+    return _prepared(ModelEMA, model)
+
+
+def ours(model: nn.Module) -> Prepared:
+    """The same with fastswa."""
+    from fastswa.integrations.ultralytics import ModelEMA
+
+    return _prepared(ModelEMA, model)
