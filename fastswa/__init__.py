@@ -13,6 +13,7 @@ from fastswa.batch_norm import BNUpdateReport, update_bn
 from fastswa.ensemble import average_predictions
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
+from fastswa.ranks import average_across_ranks_
 from fastswa.rules import EMA, SWA
 from fastswa.schedulers import SWALR, CyclicalSWALR
 from fastswa.swag import SWAG
@@ -39,6 +40,7 @@ __all__ = [
     "RatioWarmup",
     "Snapshot",
     "WeightAverages",
+    "average_across_ranks_",
     "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

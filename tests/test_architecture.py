@@ -25,7 +25,7 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 LAYERS = [
     {"__main__"},
     {"__init__"},
-    {"synthesis", "plane", "ensemble"},
+    {"ranks", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
     {"plane.evaluation", "plane.labels", "plane.levels"},
     {"plane.geometry", "plane.grid", "plane.weights"},
