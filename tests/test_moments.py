@@ -56,8 +56,8 @@ def test_the_mean_is_that_of_lerp(weight: float, kernel_device: str) -> None:
 
 @every
 def test_a_large_weight_loses_nothing_to_a_far_mean(implementation: Moments, kernel_device: str) -> None:
-    # A distance of twice the source has twice its ulp, so its rounding is a whole ulp of theirs, of which mean + w d would
-    # keep 97 %. The two-sided form keeps 3 %, and 6 % of half an ulp for the product; then the sum's half.
+    # A distance of twice the source has twice its ulp, so it is rounded by up to a whole ulp of the source. mean + w d
+    # would keep 97 % of that. The two-sided form keeps 3 %, as much for the product, and half an ulp for the sum.
     mean, source = [torch.rand(3001, device=kernel_device) * 0.1 + at for at in (-2.0, 1.9)]
     means, variances, sources = [mean.clone()], [torch.zeros_like(mean)], [source]
     implementation(means, variances, sources, 0.97)
