@@ -123,28 +123,24 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _tensors(model_or_averages: nn.Module | WeightAverages) -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors, each once, by name."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in _named(model_or_averages):
-        if tensor.is_floating_point() or tensor.is_complex():
-            found.setdefault(id(tensor), (name, tensor.detach()))
-    yield from found.values()
-
-
-def _named(model_or_averages: nn.Module | WeightAverages) -> Iterator[tuple[str, Tensor]]:
+    """Floating tensors, each once, by name."""
     if isinstance(model_or_averages, WeightAverages):
         state = model_or_averages.state_dict()
-        for average, sets in state["averages"].items():
-            for number, named in enumerate(sets):
-                yield from ((f"{average}.{number}.{name}", tensor) for name, tensor in named.items())
-        yield from ((f"copies.{name}", tensor) for name, tensor in state["copies"].items())
-        return
-    model = model_or_averages
-    if isinstance(model, AveragedModel):
-        assert isinstance(model.module, nn.Module)
-        model = model.module
-    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
-        yield canonical(name), tensor
+        named = [(f"{name}.{n}", each) for name, sets in state["averages"].items() for n, each in enumerate(sets)]
+        tensors = [
+            (f"{average}.{name}", tensor)
+            for average, each in (*named, ("copies", state["copies"]))
+            for name, tensor in each.items()
+        ]
+    else:
+        model = model_or_averages
+        if isinstance(model, AveragedModel):
+            assert isinstance(model.module, nn.Module)
+            model = model.module
+        tensors = [*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)]
+    for name, tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            yield canonical(name), tensor.detach()
 
 
 def _refusal(tensor: Tensor) -> str | None:

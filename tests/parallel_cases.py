@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -38,15 +38,16 @@ def case_tensor_parallel(ranks: Ranks) -> None:
     assert kinds == {(Shard(0),), (Shard(1),), (Replicate(),)}
     # All ranks see the same data.
     averages = assert_follows(model, transformer(hidden=8), ranks.rank, 4, data=0)
-    before = whole_state(model)
+    assert_swaps(model, averages)
+
+
+def assert_swaps(model: nn.Module, averages: WeightAverages) -> None:
+    """Inside `swapped` the model holds an average and can be evaluated; afterwards it holds its own weights."""
+    before, average = whole_state(model), {name: whole(part) for name, part in averages.weights("ema").items()}
     with averages.swapped("ema"):
-        assert_equal(whole_state(model), {name: whole(part) for name, part in averages_of(averages).items()})
+        assert_equal(whole_state(model), average)
+        evaluate(model)
     assert_equal(whole_state(model), before)
-
-
-def averages_of(averages: WeightAverages) -> dict[str, torch.Tensor]:
-    """What the model holds inside `swapped`."""
-    return averages._averaging.selection.module.state_dict()
 
 
 def case_sharded_and_tensor_parallel(ranks: Ranks) -> None:
@@ -114,9 +115,4 @@ def case_compiled_and_checkpointed(ranks: Ranks) -> None:
     fully_shard(model, mesh=line(ranks.world))
     averages = assert_follows(model, transformer(), ranks.rank, 3)
     assert averages.weights("ema").keys() == transformer().state_dict().keys()
-    before = whole_state(model)
-    with averages.swapped("ema"):
-        alone = transformer()
-        alone.load_state_dict(whole_state(model), strict=False)
-        evaluate(model)
-    assert_equal(whole_state(model), before)
+    assert_swaps(model, averages)

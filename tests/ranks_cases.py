@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -70,54 +71,68 @@ def case_averaged_model_of_a_sharded_model_points_elsewhere(ranks: Ranks) -> Non
     assert_equal(*({name: whole(tensor) for name, tensor in each.state_dict().items()} for each in (other, model)))
 
 
-def mean(tensor: Tensor, ranks: Ranks, weights: list[float]) -> Tensor:
-    """The weighted mean over ranks, in float64."""
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    total = sum(weights[rank] * other.to(wide) for rank, other in enumerate(everyones(tensor, ranks)) if weights[rank])
-    return total / sum(weights)
+@dataclass(frozen=True)
+class Mean:
+    """The weighted mean over ranks of a tensor, and of its magnitude, in float64."""
 
+    exact: Tensor
+    magnitude: Tensor
 
-def assert_mean(tensor: Tensor, exact: Tensor, largest: Tensor, ranks: Ranks) -> None:
-    """Half an ulp for a product, ranks - 1 sums, the sum of weights and a quotient, and for the rounding at the end."""
-    real, exact = (torch.view_as_real(t) if t.is_complex() else t for t in (tensor, exact))
-    arithmetic = torch.finfo(torch.float64 if real.dtype == torch.float64 else torch.float32).eps
-    bound = largest * ((ranks.world + 2) / 2 * arithmetic + torch.finfo(real.dtype).eps / 2)
-    assert (real.double() - exact).abs().max() <= bound
+    @classmethod
+    def of(cls, tensor: Tensor, ranks: Ranks, weights: list[float] | None = None) -> Mean:
+        """Ask every rank."""
+        weights = weights or [1.0] * ranks.world
+        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        # A rank without weight counts for nothing, whatever it holds.
+        pairs = [(w, other.double()) for w, other in zip(weights, everyones(real, ranks), strict=True) if w]
+        total = sum(weights)
+        return cls(sum(w * other for w, other in pairs) / total, sum(w * other.abs() for w, other in pairs) / total)
+
+    def assert_close(self, tensor: Tensor, ranks: Ranks) -> None:
+        """Half an ulp for a product, ranks - 1 sums, the sum of weights and a quotient, and a rounding at the end."""
+        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        arithmetic = torch.finfo(torch.float64 if real.dtype == torch.float64 else torch.float32).eps
+        terms = (ranks.world + 2) / 2 * arithmetic * self.magnitude
+        bound = terms + torch.finfo(real.dtype).eps / 2 * (self.exact.abs() + terms)
+        assert ((real.double() - self.exact).abs() <= bound).all()
 
 
 def case_the_mean_over_ranks(ranks: Ranks) -> None:
-    for weights in (None, [1000.0 + 77 * rank for rank in range(ranks.world)], [0.0, *[3.0] * (ranks.world - 1)]):
+    some = [1000.0 + 77 * rank for rank in range(ranks.world)]
+    for weights in (None, some, [0.0, *some[1:]]):
         for build in (ConvNet, ComplexNet, TiedNet, lambda: ConvNet().bfloat16(), lambda: ConvNet().double()):
             torch.manual_seed(0)
             model = build()
             torch.manual_seed(ranks.rank)
             train_step(model)
-            exact = {
-                name: mean(tensor, ranks, weights or [1.0] * ranks.world)
-                for name, tensor in (*model.named_parameters(), *model.named_buffers())
-                if tensor.is_floating_point() or tensor.is_complex()
-            }
-            kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in exact}
+            tensors = dict((*model.named_parameters(), *model.named_buffers()))
+            floating = {name for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+            means = {name: Mean.of(tensors[name], ranks, weights) for name in sorted(floating)}
+            kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in floating}
             if weights and weights[ranks.rank] == 0:
                 with torch.no_grad():
                     next(model.parameters()).fill_(float("nan"))
-            own = None if weights is None else weights[ranks.rank]
-            average_across_ranks_(model, None, own)
-            found = dict((*model.named_parameters(), *model.named_buffers()))
-            for name, target in exact.items():
-                if target.numel():
-                    # Magnitudes are below 8 after one train_step of these models.
-                    assert_mean(found[name].detach(), target, torch.tensor(8.0).double(), ranks)
-            state = model.state_dict()
-            assert_equal_on_all_ranks({name: tensor for name, tensor in state.items() if name not in kept}, ranks)
-            tied = {"head.weight"} if build is TiedNet else set()
-            assert all(torch.equal(state[name], tensor) for name, tensor in kept.items() if name not in tied)
+            average_across_ranks_(model, None, None if weights is None else weights[ranks.rank])
+            for name, mean in means.items():
+                mean.assert_close(tensors[name], ranks)
+            assert_equal_on_all_ranks({name: tensors[name].detach() for name in sorted(floating)}, ranks)
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in kept.items())
 
 
 def case_one_all_reduce_for_each_arithmetic(ranks: Ranks) -> None:
-    for build, count in ((ConvNet, 1), (lambda: ConvNet().bfloat16(), 1), (ComplexNet, 2)):
+    sizes = []
+
+    def counted(flat: Tensor, group: object) -> None:
+        sizes.append(len(flat))
+
+    for build, count in ((ConvNet, 1), (lambda: ConvNet().bfloat16(), 1), (ComplexNet, 2), (TiedNet, 1)):
         model = build()
         assert collectives(lambda model=model: average_across_ranks_(model, check_ranks=False)) == count
+    # The tied weights once, and the weight of the rank.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "all_reduce", counted)
+        average_across_ranks_(model, check_ranks=False)
+    assert sizes == [sum(parameter.numel() for parameter in model.parameters()) + 1]
 
 
 def case_the_mean_of_averages(ranks: Ranks) -> None:
@@ -130,21 +145,18 @@ def case_the_mean_of_averages(ranks: Ranks) -> None:
         train_step(model)
         averages.update()
         averaged.update_parameters(model)
-    equal = [1.0] * ranks.world
-    keys = list(dict(model.named_parameters()))
-    exact = {name: {key: mean(averages.weights(name)[key], ranks, equal) for key in keys} for name in averages.rules}
-    own = {name: mean(tensor.detach(), ranks, equal) for name, tensor in averaged.module.named_parameters()}
+    # A window's members one by one: in their mean they may cancel.
+    sets = [named for each in averages.state_dict()["averages"].values() for named in each]
+    means = [{name: Mean.of(tensor, ranks) for name, tensor in named.items()} for named in sets]
+    own = {name: Mean.of(tensor, ranks) for name, tensor in averaged.module.named_parameters()}
     weights = deepcopy(model.state_dict())
     average_across_ranks_(averages)
     average_across_ranks_(averaged)
-    for name, targets in exact.items():
-        for key, target in targets.items():
-            if target.numel():
-                # The mean of a window's means rounds once more.
-                assert_mean(averages.weights(name)[key], target, torch.tensor(16.0).double(), ranks)
+    for named, targets in zip(sets, means, strict=True):
+        for name, tensor in named.items():
+            targets[name].assert_close(tensor, ranks)
     for name, tensor in averaged.module.named_parameters():
-        if tensor.numel():
-            assert_mean(tensor.detach(), own[name], torch.tensor(8.0).double(), ranks)
+        own[name].assert_close(tensor, ranks)
     assert_equal(model.state_dict(), weights)
     assert averages.n_averaged == {"swa": 3, "latest": 3}
     assert int(averaged.n_averaged) == 3
