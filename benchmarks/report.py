@@ -23,7 +23,7 @@ def pictures() -> dict[str, ModuleType]:
     try:
         from benchmarks.pictures import several_averages, update, update_bn
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").split(".")[0] != "matplotlib":
             raise
         raise ImportError("the pictures are drawn with matplotlib: pip install fastswa[demo]") from error
     return {"update.png": update, "several_averages.png": several_averages, "update_bn.png": update_bn}

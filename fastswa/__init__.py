@@ -14,6 +14,7 @@ from fastswa.batch_norm import BNUpdateReport, update_bn
 from fastswa.ensemble import average_predictions
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
+from fastswa.ranks import average_across_ranks_
 from fastswa.rules import EMA, SWA
 from fastswa.schedulers import SWALR, CyclicalSWALR
 from fastswa.swag import SWAG
@@ -42,6 +43,7 @@ __all__ = [
     "Snapshot",
     "WeightAverages",
     "accelerate_torch",
+    "average_across_ranks_",
     "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

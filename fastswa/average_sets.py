@@ -41,6 +41,7 @@ class AverageSets:
         """For each set the averages, in the order of the averaged tensors."""
         self._averaged = [each.averaged for each in followed]
         self._layouts = {each.name: shards.layout(each.tensor) for each in followed}
+        self._numbers = shards.first_elements([each.tensor for each in followed if each.averaged])
         self.averaged_names = [each.name for each in followed if each.averaged]
         self.copied_names = [each.name for each in followed if not each.averaged]
         self.copies = [torch.empty_like(tensor, device=device) for tensor in copied]
@@ -114,6 +115,7 @@ class AverageSets:
                 backend,
                 self._flats[:-1],
                 self._flats[-1],
+                self._numbers,
             )
 
     def _flatten(self) -> list[FlatBuffers]:

@@ -268,7 +268,8 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise RuntimeError(
             f"the model can't be deep-copied{_blame(model)}: {error}. "
-            "Pass module=, a second instance of the same architecture, to hold the average"
+            "Average it by WeightAverages, which needs no copy, or pass module=, a second instance of the same "
+            "architecture, to hold the average"
         ) from error
 
 

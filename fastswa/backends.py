@@ -106,6 +106,7 @@ def prepare_sets(
     backend: str,
     flats: Sequence[FlatBuffers],
     flat_copies: FlatBuffers,
+    numbers: Sequence[int],
 ) -> MultiUpdate:
     """Choose the code that updates several sets of averages, and let it prepare.
 
@@ -117,6 +118,7 @@ def prepare_sets(
         backend: as `choose` takes it.
         flats: the buffers in which each set lies.
         flat_copies: the buffers in which `copy_to` lies.
+        numbers: of each source's first element, for random bits.
 
     Returns:
         The prepared update.
@@ -131,7 +133,8 @@ def prepare_sets(
         copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
         own = [[each[index] for index in here] for each in averages]
         make = triton_sets if choose(backend, device) == "triton" else torch_sets
-        updates.append(make(own, [sources[index] for index in here], copies, flats, flat_copies))
+        read, first = [sources[index] for index in here], [numbers[index] for index in here]
+        updates.append(make(own, read, copies, flats, flat_copies, first))
     return updates[0] if len(updates) == 1 else Several(updates)
 
 

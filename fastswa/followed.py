@@ -268,6 +268,5 @@ def _matches(patterns: Patterns, name: str, default: bool) -> bool:
 
 
 def _neighbourhood(each: Followed) -> tuple[Any, ...]:
-    # By the size of the whole, so that every process has the same order. Where parts may differ in size, what all hold
-    # whole comes first: it has the same place, and so the same random bits, everywhere.
-    return not each.averaged, shards.is_sharded(each.tensor), str(each.tensor.dtype), each.tensor.numel()
+    # By the size of the whole tensor, so that every process has the same order.
+    return not each.averaged, str(each.tensor.dtype), each.tensor.numel()

@@ -26,19 +26,19 @@ class Pair:
 
 
 def canonical(name: str) -> str:
-    """A tensor's name without what DistributedDataParallel and torch.compile put into it.
+    """A tensor's name without what DistributedDataParallel, torch.compile and activation checkpointing put into it.
 
     Args:
         name: as `named_parameters` gives it.
 
     Returns:
-        The name without a leading "module." and without "_orig_mod.".
+        The name without a leading "module.", without "_orig_mod." and without "_checkpoint_wrapped_module.".
 
     Example:
         >>> canonical("module._orig_mod.layer.weight")
         'layer.weight'
     """
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
 
 
 def pair_parameters(averaged: nn.Module, model: nn.Module) -> list[Pair]:

@@ -53,7 +53,12 @@ def torch_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> Update:
 
 
 def triton_sets(
-    averages: list[list[Tensor]], sources: list[Tensor], copies: Pairs, _: object, __: object
+    averages: list[list[Tensor]],
+    sources: list[Tensor],
+    copies: Pairs,
+    _: object,
+    __: object,
+    numbers: Sequence[int],
 ) -> MultiUpdate:
     """Several averages of each source, by one launch.
 
@@ -61,6 +66,7 @@ def triton_sets(
         averages: sets of tensors, laid out alike.
         sources: one for each average of a set.
         copies: tensors to be overwritten, and by which.
+        numbers: of each source's first element, for random bits.
 
     Returns:
         The prepared update.
@@ -68,7 +74,7 @@ def triton_sets(
     from fastswa.triton_multi_update import TritonMultiUpdate
 
     staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
-    return staged.before(TritonMultiUpdate(averages, *_readable(staged, lerps, copies)))
+    return staged.before(TritonMultiUpdate(averages, *_readable(staged, lerps, copies), numbers))
 
 
 def torch_sets(
@@ -77,6 +83,7 @@ def torch_sets(
     copies: Pairs,
     flats: Sequence[FlatBuffers],
     flat_copies: FlatBuffers,
+    numbers: Sequence[int],
 ) -> MultiUpdate:
     """Several averages of each source, in plain torch.
 
@@ -86,6 +93,7 @@ def torch_sets(
         copies: tensors to be overwritten, and by which.
         flats: the buffers in which each set lies.
         flat_copies: the buffers in which the overwritten tensors lie.
+        numbers: of each source's first element, for random bits.
 
     Returns:
         The prepared update.
@@ -94,7 +102,7 @@ def torch_sets(
 
     staged, lerps = Staged(), list(zip(averages[0], sources, strict=True))
     sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
-    return staged.before(TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies))
+    return staged.before(TorchMultiUpdate(averages, sources, *_columns(copies), flats, flat_copies, numbers))
 
 
 def triton_moments(staged: Staged, pairs: Pairs, variances: list[Tensor], ring: list[list[Tensor]]) -> TakeMoments:

@@ -5,6 +5,7 @@ Whoever shards a model has imported DTensor, so it is looked up among the loaded
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -62,6 +63,41 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
         (torch.Size([2, 3]), None, None)
     """
     return (tensor.shape, *((tensor.placements, tensor.device_mesh) if is_sharded(tensor) else (None, None)))
+
+
+def first_elements(tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of the first elements that this process holds, among all elements of all tensors.
+
+    Replicas have the same numbers on every process. So has an element wherever it is held, if its tensor is cut along
+    its rows over one dimension of a mesh, as by FSDP2; otherwise each part's numbers begin with the tensor's own.
+
+    Args:
+        tensors: any. Of complex ones each element counts twice.
+
+    Returns:
+        A number for each.
+
+    Example:
+        >>> first_elements([torch.zeros(2, 3), torch.zeros(4)])
+        [0, 6]
+    """
+    numbers, number = [], 0
+    for tensor in tensors:
+        scale = 2 if tensor.is_complex() else 1
+        numbers.append(number + scale * _first_row(tensor) * math.prod(tensor.shape[1:]))
+        number += scale * tensor.numel()
+    return numbers
+
+
+def _first_row(tensor: Tensor) -> int:
+    coordinate = tensor.device_mesh.get_coordinate() if is_sharded(tensor) else None
+    if not is_sharded(tensor) or coordinate is None:
+        return 0
+    cuts = [(dim, cut) for dim, cut in enumerate(tensor.placements) if cut.is_shard()]
+    if len(cuts) != 1 or not cuts[0][1].is_shard(0):
+        return 0
+    dim = cuts[0][0]
+    return min(coordinate[dim] * -(-tensor.shape[0] // tensor.device_mesh.size(dim)), tensor.shape[0])
 
 
 def refusal(tensor: Tensor) -> str | None:

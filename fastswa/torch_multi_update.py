@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,7 +28,8 @@ class _Step:
     Args:
         averages: one for each set.
         source: the piece.
-        first: the number of its first element among all elements of all sources.
+        numbers: for each stretch of it the number of its first element among all elements of all sources, and how many
+            elements it has.
         wide_average: room to compute in, where the averages are narrower than the arithmetic.
         wide_source: room to convert the source, likewise.
         before: gatherings that fill the source.
@@ -37,7 +37,7 @@ class _Step:
 
     averages: Sequence[Tensor]
     source: Tensor
-    first: int
+    numbers: Sequence[tuple[int, int]]
     wide_average: Tensor | None
     wide_source: Tensor | None
     before: Sequence[stretches.Gather] = ()
@@ -59,10 +59,15 @@ class _Step:
                 result = self.wide_average.copy_(average).lerp_(source, weight)
             if random is not None and average.dtype in _HALF:
                 result = result.float()
-                bits = random_bits(self.first, result.numel(), *random, index, result.device)
+                bits = self._bits(*random, index)
                 # Dense in the order of the average's own memory, like the numbers of the elements.
                 result = round_stochastically(result, average.dtype, bits.as_strided(result.shape, result.stride()))
             average.copy_(result)
+
+    def _bits(self, seed: int, step: int | Tensor, average: int) -> Tensor:
+        device = self.source.device
+        bits = [random_bits(first, count, seed, step, average, device) for first, count in self.numbers]
+        return bits[0] if len(bits) == 1 else torch.cat(bits)
 
 
 class TorchMultiUpdate:
@@ -77,6 +82,7 @@ class TorchMultiUpdate:
         copy_from: one for each of `copy_to`; any device and dtype.
         flats: the buffers in which each set's tensors lie.
         flat_copies: the buffers in which `copy_to` lies.
+        numbers: of each source's first element, for random bits.
     """
 
     def __init__(
@@ -87,24 +93,26 @@ class TorchMultiUpdate:
         copy_from: Sequence[Tensor],
         flats: Sequence[FlatBuffers],
         flat_copies: FlatBuffers | None,
+        numbers: Sequence[int],
     ) -> None:
         self._copies = TorchUpdate((), (), copy_to, copy_from, flat_copies)
         self._scratch = stretches.Scratch()
         self._steps: list[_Step] = []
-        numbers = [0, *accumulate(source.numel() for source in sources)]
         # The sets are laid out alike, so what is a run in the first is one in all.
         runs, alone = stretches.groups(averages[0], sources, flats[0])
         for run in runs:
             targets = [flat.span(own[run[0]], own[run[-1]]) for flat, own in zip(flats, averages, strict=True)]
             members = [sources[index] for index in run]
             packed = self._scratch.room(members[0].dtype, "packed", targets[0])
-            self._add(targets, packed, numbers[run[0]], list(stretches.gathers(members, packed)))
+            parts = _stretches([(numbers[index], sources[index].numel()) for index in run])
+            self._add(targets, packed, parts, list(stretches.gathers(members, packed)))
         for index in alone:
             first = numbers[index]
             pieces = [stretches.pieces(own[index], sources[index]) for own in averages]
             for together in zip(*pieces, strict=True):
-                self._add([average for average, _ in together], together[0][1], first)
-                first += together[0][1].numel()
+                count = together[0][1].numel()
+                self._add([average for average, _ in together], together[0][1], [(first, count)])
+                first += count
 
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
         """Run the update. The caller has turned gradients off.
@@ -125,11 +133,23 @@ class TorchMultiUpdate:
         self,
         averages: Sequence[Tensor],
         source: Tensor,
-        first: int,
+        numbers: Sequence[tuple[int, int]],
         before: Sequence[stretches.Gather] = (),
     ) -> None:
         # float32 at least, which two half-precision tensors would not be promoted to.
         compute = torch.promote_types(torch.promote_types(averages[0].dtype, source.dtype), torch.float32)
         wide_average = None if averages[0].dtype == compute else self._scratch.room(compute, "average", averages[0])
         wide_source = None if source.dtype == compute else self._scratch.room(compute, "source", averages[0])
-        self._steps.append(_Step(averages, source, first, wide_average, wide_source, before))
+        self._steps.append(_Step(averages, source, numbers, wide_average, wide_source, before))
+
+
+def _stretches(numbers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First numbers and counts, of which those that follow one another become one."""
+    found = [numbers[0]]
+    for first, count in numbers[1:]:
+        start, size = found[-1]
+        if first == start + size:
+            found[-1] = (start, size + count)
+        else:
+            found.append((first, count))
+    return found

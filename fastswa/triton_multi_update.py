@@ -21,6 +21,7 @@ class TritonMultiUpdate:
         sources: one for each average of a set, of its layout and device; any floating dtype; read.
         copy_to: tensors of any dtype on that device, to be overwritten.
         copy_from: one for each of `copy_to`, of its dtype, layout and device.
+        numbers: of each source's first element, for random bits.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class TritonMultiUpdate:
         sources: Sequence[Tensor],
         copy_to: Sequence[Tensor],
         copy_from: Sequence[Tensor],
+        numbers: Sequence[int],
     ) -> None:
-        self._table = MultiLerpTable(averages, sources, copy_to, copy_from)
+        self._table = MultiLerpTable(averages, sources, copy_to, copy_from, first_elements=numbers)
 
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
         """Launch the update.

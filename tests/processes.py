@@ -109,12 +109,12 @@ def main() -> None:
             ended[name] = traceback.format_exc()
         else:
             ended[name] = None
+        torch.save(ended, directory / f"ended-{rank}.pt")
         # Where one failed the others may be in the middle of it, and what they would say next is no use.
         failed = torch.tensor(float(ended[name] is not None))
         distributed.all_reduce(failed)
         if failed:
             break
-    torch.save(ended, directory / f"ended-{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ from tests.sharded_models import (
     assert_equal,
     assert_follows,
     assert_same_averages,
+    evaluate,
     fsdp,
     line,
     training,
@@ -50,18 +51,13 @@ def case_averages_equal_a_single_processs(ranks: Ranks) -> None:
 
 
 def case_low_precision_and_no_frozen_layer(ranks: Ranks) -> None:
-    for options in ({"dtype": torch.bfloat16}, {"trainable_only": True, "buffers": "average"}):
+    rounding = {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3}
+    for options in ({"dtype": torch.bfloat16}, rounding, {"trainable_only": True, "buffers": "average"}):
         assert_follows(sharded(ranks), transformer(), ranks.rank, 3, **options)
 
 
 class StopError(Exception):
     """Raised in the body of a context."""
-
-
-def evaluate(model: nn.Module) -> torch.Tensor:
-    """A forward pass without a backward pass."""
-    with torch.no_grad():
-        return model(torch.arange(10).view(2, 5))
 
 
 def case_swapping_is_undone_bit_for_bit(ranks: Ranks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -97,14 +97,21 @@ def training(model: nn.Module, rank: int) -> Callable[[int], None]:
     return step
 
 
+def evaluate(model: nn.Module) -> torch.Tensor:
+    """A forward pass without a backward pass."""
+    with torch.no_grad():
+        return model(torch.arange(10).view(2, 5))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as one process alone would have it; all ranks must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state as one process alone would have it; all ranks must ask."""
-    return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    """A model's state as one process alone would have it, by its names; all ranks must ask."""
+    state = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -132,25 +139,29 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def assert_same_averages(averages: WeightAverages, alone: WeightAverages, rank: int) -> None:
-    """What is gathered on the first rank equals the averages of a process alone, bit for bit."""
+    """What is gathered on the first rank, and every part, equals the averages of a process alone, bit for bit."""
     assert averages.n_averaged == alone.n_averaged
     for name in averages.rules:
-        assert_equal(averages.weights(name, full=True), alone.weights(name) if rank == 0 else {})
-        parts = {key: whole(part) for key, part in averages.weights(name).items()}
-        assert_equal(parts, alone.weights(name))
+        expected, parts = alone.weights(name), averages.weights(name)
+        shared = any(isinstance(part, DTensor) for part in parts.values())
+        assert_equal(averages.weights(name, full=True), {} if shared and rank else expected)
+        assert_equal({key: whole(part) for key, part in parts.items()}, expected)
 
 
-def assert_follows(model: nn.Module, alone: nn.Module, rank: int, steps: int = 10, **options: object) -> WeightAverages:
-    """Ten training steps of a sharded model, averaged by shards and, gathered after each step, by a process alone."""
+def assert_follows(
+    model: nn.Module, alone: nn.Module, rank: int, steps: int = 10, data: int | None = None, **options: object
+) -> WeightAverages:
+    """Training steps of a model on several ranks, averaged by parts and, gathered after each step, by a process alone."""
     averages = WeightAverages(model, RULES, **options)
     write(alone, whole_state(model))
-    expected = WeightAverages(alone, RULES, check_ranks=False, **options)
-    step = training(model, rank)
+    expected = WeightAverages(alone, RULES, **options)
+    step = training(model, rank if data is None else data)
     for number in range(steps):
         step(number)
         assert collectives(averages.update) == 0
         write(alone, whole_state(model))
         expected.update()
-    assert collectives(lambda: whole_state(model)) > 0  # they would be seen
+    # They would be seen.
+    assert collectives(lambda: distributed.all_reduce(torch.ones(1))) == 1
     assert_same_averages(averages, expected, rank)
     return averages

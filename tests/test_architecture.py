@@ -35,7 +35,7 @@ LAYERS = [
         "integrations.ultralytics",
     },
     {"__init__"},
-    {"acceleration", "synthesis", "plane", "ensemble"},
+    {"acceleration", "ranks", "synthesis", "plane", "ensemble"},
     {"plane.weight_plane", "plane.drawing"},
     {"plane.evaluation", "plane.labels", "plane.levels"},
     {"plane.geometry", "plane.grid", "plane.weights"},

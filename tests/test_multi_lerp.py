@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastswa_kernels import LaunchConfig, MultiLerpTable, StochasticRounding, multi_lerp_, reference
 from fastswa_kernels.pairs import FLOAT_DTYPES
+from fastswa_kernels.rounding import random_bits, round_stochastically
 from tests.numerics import assert_close_in_ulps, lerp_ulps
 
 Lists = list[list[Tensor]]
@@ -230,12 +231,10 @@ def test_elements_are_numbered_through_the_list(kernel_device: str) -> None:
     assert torch.equal(shifted, updated(1001, before=torch.float32))
     assert not torch.equal(shifted, updated())
     # Element numbers beyond 2^32, which no test has the memory to reach otherwise.
-    table = MultiLerpTable([[first := average.bfloat16()]], [source])
-    table._launches[0].table[:, 2] += 2**32 - 1000
+    table = MultiLerpTable([[first := average.bfloat16()]], [source], first_elements=[2**32 - 1000])
     table.lerp_([0.3], StochasticRounding(1, 2))
     numbers = 2**32 - 1000, 3000, 1, 2, 0, torch.device(kernel_device)
-    bits = reference.random_bits(*numbers)
-    assert torch.equal(first, reference.round_stochastically(source * 0.3, torch.bfloat16, bits))
+    assert torch.equal(first, round_stochastically(source * 0.3, torch.bfloat16, random_bits(*numbers)))
 
 
 def test_averages_steps_and_seeds_round_independently(kernel_device: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastswa import backends
+from fastswa import backends, torch_moments
 from fastswa_kernels import LaunchConfig, moments_table, reference, sample_
 from fastswa_kernels.normal import normal
 from fastswa_kernels.pairs import FLOAT_DTYPES, dense_view
@@ -161,6 +161,11 @@ def test_memory_formats(implementation: Sample, kernel_device: str) -> None:
             torch.testing.assert_close(target[0], expected[0], rtol=0, atol=2e-6)
 
 
+def test_memory_formats_in_pieces_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_moments.PIECE, "cpu", 16)
+    test_memory_formats(torch_sample_, "cpu")
+
+
 @every
 def test_elements_are_numbered_through_the_list(implementation: Sample, kernel_device: str) -> None:
     mean, variance = torch.zeros(3000, device=kernel_device), torch.ones(3000, device=kernel_device)
@@ -186,8 +191,11 @@ def test_elements_are_numbered_through_the_list(implementation: Sample, kernel_d
 
 
 @every
-def test_a_tied_weight_is_drawn_once(implementation: Sample) -> None:
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_tied_weight_is_drawn_once(implementation: Sample, strided: bool) -> None:
     targets, mean, variance = [torch.empty(9), torch.empty(5)], torch.zeros(9), torch.ones(9)
+    if strided:
+        targets[0] = torch.empty(9, 2)[:, 0]
     lists = [[targets[0], targets[1], targets[0]], [mean, mean[:5], mean], [variance, variance[:5], variance]]
     implementation(*lists, [], [], 1.0, seed=1, step=2)
     z = normal(0, 14, 1, 2, torch.device("cpu"))

@@ -8,7 +8,13 @@ import pytest
 
 from tests.processes import assert_passed, cases, run
 
-MODULES = ["tests.sharded_cases", "tests.sharded_state_cases"]
+MODULES = [
+    "tests.sharded_cases",
+    "tests.sharded_state_cases",
+    "tests.parallel_cases",
+    "tests.agreement_cases",
+    "tests.ranks_cases",
+]
 Outcome = dict[str, list[str | None]]
 
 

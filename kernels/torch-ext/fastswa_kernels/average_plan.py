@@ -22,6 +22,7 @@ def plan(
     copy_from: Sequence[Tensor] = (),
     config: LaunchConfig | None = None,
     single: bool = False,
+    first_elements: Sequence[int] | None = None,
 ) -> list[Launch]:
     """Check lists of tensors and build the tables of their launches.
 
@@ -32,6 +33,8 @@ def plan(
         copy_from: one for each of `copy_to`.
         config: the launches' shape; chosen from the number of elements where left out.
         single: the only list is that of `lerp_`: named averages[i], and written even where its weight is 0.
+        first_elements: for each source the number of its first element, for random bits; where the one before ends, if
+            left out.
 
     Returns:
         A launch for each device and pair of dtypes; as many as needed where more averages follow a source than fit
@@ -64,7 +67,8 @@ def plan(
         if not any(device == key[0] for key in members_of):
             members_of[device, torch.float32, torch.float32] = []
 
-    first_elements = list(accumulate((source.numel() for source in sources), initial=0))
+    if first_elements is None:
+        first_elements = list(accumulate((source.numel() for source in sources), initial=0))
     launches = []
     for (device, average_dtype, source_dtype), members in members_of.items():
         for first in range(0, len(averages) if members else 1, MOST_AVERAGES):

@@ -36,15 +36,15 @@ def check_combine(
     for k, tensors in enumerate(sources):
         check_shapes(targets, tensors, "targets", f"sources[{k}]")
     for name, tensors in (("targets", targets), *((f"sources[{k}]", tensors) for k, tensors in enumerate(sources))):
-        for index, tensor in enumerate(tensors):
-            if tensor.dtype not in FLOAT_DTYPES:
-                raise TypeError(
-                    f"{name}[{index}] is {tensor.dtype}; combine_ takes float32, bfloat16, float16 and float64. "
-                    "View a complex tensor with torch.view_as_real, copy an integer tensor with copy_."
-                )
+        if not {tensor.dtype for tensor in tensors}.issubset(FLOAT_DTYPES):
+            index = next(index for index, tensor in enumerate(tensors) if tensor.dtype not in FLOAT_DTYPES)
+            raise TypeError(
+                f"{name}[{index}] is {tensors[index].dtype}; combine_ takes float32, bfloat16, float16 and float64. "
+                "View a complex tensor with torch.view_as_real, copy an integer tensor with copy_."
+            )
     for k, tensors in enumerate(sources):
         for index, (tensor, first) in enumerate(zip(tensors, sources[0], strict=True)):
-            if tensor.dtype != first.dtype or tensor.device != first.device:
+            if tensor.dtype is not first.dtype or tensor.device != first.device:
                 raise ValueError(
                     f"sources[{k}][{index}] is {tensor.dtype} on {tensor.device} but sources[0][{index}] {first.dtype} "
                     f"on {first.device}; all sources of one target have one dtype and device"

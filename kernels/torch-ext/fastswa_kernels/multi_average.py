@@ -29,6 +29,8 @@ class MultiLerpTable:
         copy_to: tensors of any dtype (integer buffers), dense in memory, to be overwritten.
         copy_from: one for each of `copy_to`, of its shape, strides, dtype and device.
         config: the launches' shape; chosen from the number of elements where left out.
+        first_elements: for each source the number of its first element, by which stochastic rounding takes its random
+            bits: of parts of a tensor, their places in it. Where the source before it ends, if left out.
 
     Raises:
         ValueError: names the first tensor that can't take part, with the reason.
@@ -50,9 +52,10 @@ class MultiLerpTable:
         copy_to: Sequence[Tensor] = (),
         copy_from: Sequence[Tensor] = (),
         config: LaunchConfig | None = None,
+        first_elements: Sequence[int] | None = None,
     ) -> None:
         self._averages = len(averages)
-        self._launches = plan(averages, sources, copy_to, copy_from, config)
+        self._launches = plan(averages, sources, copy_to, copy_from, config, first_elements=first_elements)
 
     @property
     def launches(self) -> int:

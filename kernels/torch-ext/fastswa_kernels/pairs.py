@@ -228,6 +228,8 @@ def distinct(*lists: Sequence[Tensor]) -> list[int]:
         >>> distinct([a, a], [p, p])
         [0]
     """
+    if len({tensor.data_ptr() for tensor in lists[0]}) == len(lists[0]):
+        return list(range(len(lists[0])))
     seen: dict[tuple[object, ...], int] = {}
     for index, tensors in enumerate(zip(*lists, strict=True)):
         key = (tensors[0].shape, *((tensor.data_ptr(), tensor.stride()) for tensor in tensors))
