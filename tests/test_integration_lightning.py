@@ -1,124 +1,36 @@
-"""FastWeightAveraging against Lightning's callbacks: the same numbers and checkpoints in Lightning's own loop."""
+"""FastWeightAveraging against Lightning's callbacks: the same numbers in Lightning's own loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from benchmarks.torchvision_operators import declare
 from fastswa import EMA, SWA, AveragedModel, accelerate_torch
-
-# torchmetrics, which Lightning imports, imports torchvision.
-declare()
-
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import (  # noqa: E402
+from tests.lightning_runs import (
+    BATCHES,
+    PAIRS,
+    STEPS,
+    Callback,
     EMAWeightAveraging,
-    ModelCheckpoint,
+    FastWeightAveraging,
+    Net,
     StochasticWeightAveraging,
     WeightAveraging,
+    assert_close,
+    fit,
+    saved,
+    several,
+    without,
 )
 
-from fastswa.integrations.lightning import FastWeightAveraging  # noqa: E402
-
-BATCHES = 4
-EPOCHS = 3
-STEPS = EPOCHS * BATCHES
-
-# Lightning's training epochs, and what it says about small data and missing loggers.
+# What Lightning says about small data and missing loggers.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Net(LightningModule):
-    """A regression with BatchNorm, a tied weight and a buffer that no checkpoint holds; remembers what it validated."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first = nn.Linear(6, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.second = nn.Linear(6, 6)
-        self.second.weight = self.first.weight
-        self.last = nn.Linear(6, 1)
-        self.register_buffer("scratch", torch.ones(2), persistent=False)
-        self.validated: list[Tensor] = []
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.norm(self.first(x)).relu()))
-
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        self.scratch.add_(1)
-        return (self(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-    def validation_step(self, batch: Tensor, index: int) -> None:
-        self.validated.append(self(batch).detach().clone())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
-def fit(model: Net, *callbacks: Callback, epochs: int = 3, resume: Path | str | None = None, **options: Any) -> Trainer:
-    """Train on the same random batches always."""
-    rows = torch.randn(8 * BATCHES, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    data = DataLoader(rows.to(model.last.weight.dtype), batch_size=8)
-    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": checkpoints,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **{"num_sanity_val_steps": 1, **quiet, **options})
-    trainer.fit(model, data, data, ckpt_path=resume, weights_only=False)
-    return trainer
-
-
-def without(state: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
-    """A state but for some names: integer buffers, which torch's average truncates, or what no checkpoint holds."""
-    return {name: tensor for name, tensor in state.items() if not name.endswith(("num_batches_tracked", *parts))}
-
-
-def assert_close(ours: Any, theirs: Any, dtype: torch.dtype = torch.float64) -> None:
-    """Equal within the roundings of STEPS updates: 4 of Lightning's and 2 of ours each, on values below 8."""
-    tolerance = 6 * STEPS * 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-
-
-def saved(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False)
-
-
-PAIRS: dict[str, tuple[Callable[[], Callback], Callable[[], Callback]]] = {
-    "equal": (WeightAveraging, FastWeightAveraging),
-    "equal, buffers copied": (lambda: WeightAveraging(use_buffers=False), lambda: FastWeightAveraging(None, False)),
-    "ema": (lambda: EMAWeightAveraging(decay=0.7), lambda: FastWeightAveraging(decay=0.7)),
-    "positions": (
-        lambda: EMAWeightAveraging("cpu", True, 0.7, 2, 3, 1),
-        lambda: FastWeightAveraging("cpu", True, 0.7, 2, 3, 1),
-    ),
-    "by epoch": (
-        lambda: EMAWeightAveraging(decay=0.7, update_every_n_steps=0, update_starting_at_epoch=1),
-        lambda: FastWeightAveraging(decay=0.7, update_every_n_steps=0, update_starting_at_epoch=1),
-    ),
-    "avg_fn": (
-        lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.6)),
-        lambda: FastWeightAveraging(avg_fn=get_ema_avg_fn(0.6)),
-    ),
-    "multi_avg_fn": (
-        lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.6)),
-        lambda: FastWeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.6)),
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float64) for name in PAIRS), ("ema", torch.float32)])
@@ -165,38 +77,6 @@ def test_a_model_is_validated_and_kept_where_there_is_no_average_yet(start: int 
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def stop_after_one_epoch(make: Callable[[], Callback], folder: Path) -> Path:
-    """A checkpoint in mid-run, written by Lightning's own checkpoint callback."""
-    fit(Net(), make(), ModelCheckpoint(folder, "first", save_top_k=-1), epochs=1)
-    return folder / "first.ckpt"
-
-
-@pytest.mark.parametrize("name", ["equal", "ema", "positions"])
-@pytest.mark.parametrize("to_ours", [True, False])
-def test_either_resumes_what_the_other_wrote(name: str, to_ours: bool, tmp_path: Path) -> None:
-    written, resumed = PAIRS[name] if to_ours else PAIRS[name][::-1]
-    whole, halves = Net(), Net()
-    with torch.no_grad():
-        halves.last.weight.fill_(99)
-    callback = resumed()
-    fit(whole, resumed())
-    fit(halves, callback, resume=stop_after_one_epoch(written, tmp_path))
-    assert callback._latest_update_step >= STEPS - 1
-    assert_close(dict(halves.named_parameters()), dict(whole.named_parameters()))
-    # A buffer that is not persistent counts the second part alone.
-    halves_buffers, whole_buffers = dict(halves.named_buffers()), dict(whole.named_buffers())
-    assert_close(without(halves_buffers, "scratch"), without(whole_buffers, "scratch"))
-
-
-def test_the_model_itself_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    path = stop_after_one_epoch(lambda: FastWeightAveraging(decay=0.9), tmp_path)
-    plain, checkpoint = Net(), saved(path)
-    fit(plain, epochs=1)
-    torch.testing.assert_close(checkpoint["current_model_state"], dict(plain.state_dict()), rtol=0, atol=0)
-    assert not torch.equal(checkpoint["state_dict"]["last.weight"], plain.last.weight)
-    assert checkpoint["averaging_state"] == {"n_averaged": torch.tensor(BATCHES)}
-
-
 class Halt(Callback):
     """Fails in the middle of a validation."""
 
@@ -215,11 +95,25 @@ def test_an_interrupted_validation_leaves_the_model_its_own_weights() -> None:
     callback.averages.update()
 
 
-RULES = {"fast": EMA(0.5), "slow": EMA(0.9), "equal": SWA(start=2, every=3)}
+class LateNet(Net):
+    """Makes a layer when the trainer asks for it, after the callbacks' setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = None
+
+    def configure_model(self) -> None:
+        if self.last is None:
+            self.last = nn.Linear(6, 1).double()
+            nn.init.constant_(self.last.weight, 0.1)
+            nn.init.zeros_(self.last.bias)
 
 
-def several() -> FastWeightAveraging:
-    return FastWeightAveraging(rules=RULES, used="slow")
+def test_layers_that_the_trainer_makes_late_are_averaged() -> None:
+    ours, theirs = LateNet(), LateNet()
+    fit(ours, FastWeightAveraging(decay=0.7))
+    fit(theirs, EMAWeightAveraging(decay=0.7))
+    assert_close(without(ours.state_dict()), without(theirs.state_dict()))
 
 
 def test_several_averages_at_once() -> None:
@@ -232,54 +126,6 @@ def test_several_averages_at_once() -> None:
     assert callback.averages is not None
     assert callback.averages.n_averaged == {"fast": STEPS, "slow": STEPS, "equal": 4}
     assert not torch.equal(callback.averages.weights("fast")["last.weight"], model.last.weight)
-
-
-def test_several_averages_resume_exactly_and_are_one_to_lightning(tmp_path: Path) -> None:
-    path = stop_after_one_epoch(several, tmp_path)
-    whole, halves, callback = several(), several(), EMAWeightAveraging(decay=0.9)
-    fit(Net(), whole)
-    fit(Net(), halves, resume=path)
-    assert whole.averages is not None
-    assert halves.averages is not None
-    for name in RULES:
-        ours, theirs = whole.averages.weights(name), halves.averages.weights(name)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    model = Net()
-    fit(model, callback, resume=path)
-    assert_close(dict(model.named_parameters()), {
-        name: whole.averages.weights("slow")[name] for name, _ in model.named_parameters()
-    })  # fmt: skip
-    with pytest.raises(ValueError, match=r"the rule of '(slow|equal)' is .* in the file and missing here"):
-        fit(Net(), FastWeightAveraging(rules={"fast": EMA(0.5)}), resume=path)
-    (one := tmp_path / "one").mkdir()
-    plain = stop_after_one_epoch(lambda: EMAWeightAveraging(decay=0.9), one)
-    with pytest.raises(ValueError, match="holds one average"):
-        fit(Net(), several(), resume=plain)
-
-
-def test_a_checkpoint_without_averages_begins_them(tmp_path: Path) -> None:
-    fit(Net(), ModelCheckpoint(tmp_path, "plain"), epochs=1)
-    callback = FastWeightAveraging()
-    fit(Net(), callback, resume=tmp_path / "plain.ckpt")
-    assert callback.averages is not None
-    assert callback.averages.n_averaged == {"average": STEPS - BATCHES}
-
-
-def test_outside_of_fit_a_model_is_validated_as_it_is(tmp_path: Path) -> None:
-    model, again = Net(), Net()
-    trainer = fit(model, FastWeightAveraging(decay=0.9))
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ones = torch.ones(8, 6, dtype=torch.float64)
-    with torch.no_grad():
-        model.last.weight.fill_(3)
-    for callback in (*trainer.callbacks, FastWeightAveraging(decay=0.9)):
-        trainer.callbacks = [callback]
-        trainer.validate(model, DataLoader(ones, batch_size=8), verbose=False)
-        assert torch.equal(model.validated[-1], model.eval()(ones))
-    # A checkpoint gives the average.
-    trainer.validate(again, DataLoader(ones, batch_size=8), tmp_path / "end.ckpt", verbose=False, weights_only=False)
-    torch.testing.assert_close(dict(again.state_dict()), average, rtol=0, atol=0)
 
 
 def test_a_float32_average_of_a_bfloat16_model() -> None:
