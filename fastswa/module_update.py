@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastswa import backends
+from fastswa import backends, shards
 from fastswa.flat import FlatBuffers
 from fastswa.pairing import Pair, pair_buffers, pair_parameters
 from fastswa.updates import Random
@@ -152,7 +152,8 @@ def prepare_lerp(
     if not stochastic or not any(average.dtype in (torch.bfloat16, torch.float16) for average in averages):
         update = backends.prepare(averages, sources, copy_to, copy_from, backend, flat)
         return lambda weight, random: update.lerp_(weight)
-    sets = backends.prepare_sets([averages], sources, copy_to, copy_from, backend, [flat], flat)
+    numbers = shards.first_elements(averages)
+    sets = backends.prepare_sets([averages], sources, copy_to, copy_from, backend, [flat], flat, numbers)
     return lambda weight, random: sets.lerp_(
         weight.reshape(1) if isinstance(weight, Tensor) else (weight,), random, None
     )
