@@ -32,6 +32,7 @@ LAYERS = [
         "integrations.lightning",
         "integrations.timm",
         "integrations.torch_ema",
+        "integrations.transformers",
         "integrations.ultralytics",
     },
     {"__init__"},

@@ -6,5 +6,6 @@ ignite: EMAHandler.
 lightning: FastWeightAveraging, for WeightAveraging and EMAWeightAveraging.
 timm: ModelEmaV3.
 torch_ema: ExponentialMovingAverage.
+transformers: WeightAveragingCallback.
 ultralytics: ModelEMA.
 """
