@@ -1,4 +1,7 @@
-"""Times `import fastswa` beside `import torch`, in fresh processes that take turns."""
+"""Times `import fastswa` beside `import torch`, in fresh processes that take turns.
+
+The processor's time is given too: it is steadier on a machine that does other things.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,13 @@ ALLOWED = 1.2
 """Times torch's own import."""
 ROUNDS = 15
 MODULES = ("torch", "fastswa")
-PROGRAM = "import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+PROGRAM = """
+from time import perf_counter, process_time
+start = perf_counter(), process_time()
+import {module}
+print(perf_counter() - start[0], process_time() - start[1])
+"""
+KINDS = ("seconds", "of the processor")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,26 +44,35 @@ def run(arguments: argparse.Namespace) -> int:
         0.
     """
     times = import_seconds(arguments.rounds)
-    for module, seconds in times.items():
-        low, median, high = np.percentile(seconds, [20, 50, 80])
-        print(f"import {module:8} {median:.3f} s ({low:.3f}, {high:.3f})")
-    ratio = statistics.median(ours / torch for torch, ours in zip(*times.values(), strict=True))
-    verdict = "met" if ratio <= ALLOWED else "NOT MET"
-    print(f"{verdict}: importing fastswa takes {ratio:.3f} times as long as torch, asked <= {ALLOWED}")
+    ratios = []
+    for kind, of_modules in zip(KINDS, times, strict=True):
+        for module, seconds in of_modules.items():
+            low, median, high = np.percentile(seconds, [20, 50, 80])
+            print(f"import {module:8} {median:.3f} ({low:.3f}, {high:.3f}) {kind}")
+        ratios.append(statistics.median(ours / torch for torch, ours in zip(*of_modules.values(), strict=True)))
+    verdict = "met" if ratios[0] <= ALLOWED else "NOT MET"
+    print(
+        f"{verdict}: importing fastswa takes {ratios[0]:.3f} times as long as torch, asked <= {ALLOWED}; "
+        f"{ratios[1]:.3f} times the processor's time"
+    )
     return 0
 
 
-def import_seconds(rounds: int) -> dict[str, list[float]]:
+def import_seconds(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """The time of each import, torch's before fastswa's.
 
     Args:
         rounds: pairs that are counted; one before them fills the disk's cache.
+
+    Returns:
+        By module: time that passed, and time of the processor.
     """
-    times: dict[str, list[float]] = {module: [] for module in MODULES}
+    times: tuple[dict[str, list[float]], ...] = tuple({module: [] for module in MODULES} for _ in KINDS)
     for number in range(rounds + 1):
         for module in MODULES:
             program = [sys.executable, "-c", PROGRAM.format(module=module)]
             printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
             if number:
-                times[module].append(float(printed))
-    return times
+                for of_modules, seconds in zip(times, printed.split(), strict=True):
+                    of_modules[module].append(float(seconds))
+    return times[0], times[1]
