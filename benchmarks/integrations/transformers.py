@@ -1,4 +1,4 @@
-"""An average in transformers' Trainer, which has none: a callback with torch's, updated after each step, and fastswa's."""
+"""An average in transformers' Trainer, which has none: torch's in a callback of one's own, and fastswa's."""
 
 from __future__ import annotations
 
