@@ -10,6 +10,7 @@ from fastswa.averaging_functions import (
     get_swa_multi_avg_fn,
 )
 from fastswa.batch_norm import BNUpdateReport, update_bn
+from fastswa.checkpoints import CheckpointReport, average_checkpoints
 from fastswa.ensemble import average_predictions
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
@@ -32,6 +33,7 @@ __all__ = [
     "AnnealingWarmup",
     "AveragedModel",
     "BNUpdateReport",
+    "CheckpointReport",
     "CyclicalSWALR",
     "ExponentialWarmup",
     "HalfLifeWarmup",
@@ -41,6 +43,7 @@ __all__ = [
     "Snapshot",
     "WeightAverages",
     "average_across_ranks_",
+    "average_checkpoints",
     "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

@@ -25,7 +25,11 @@ KERNELS = Path(fastswa_kernels.__file__).parent
 LAYERS = [
     {"__main__"},
     {"__init__"},
-    {"ranks", "synthesis", "plane", "ensemble"},
+    {"ranks", "synthesis", "plane", "ensemble", "checkpoints"},
+    {"checkpoints.average"},
+    {"checkpoints.plan"},
+    {"checkpoints.files", "checkpoints.output", "checkpoints.float64_mean"},
+    {"checkpoints.state_dicts"},
     {"plane.weight_plane", "plane.drawing"},
     {"plane.evaluation", "plane.labels", "plane.levels"},
     {"plane.geometry", "plane.grid", "plane.weights"},
