@@ -14,6 +14,7 @@ COMMANDS = {
     "plane": "draw the SWA paper's figure for digits: the loss on the plane of three models that SWA averages",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
     "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
+    "shards": "check the arithmetic of an update past one GPU against counts on 2, 4 and 8 gloo processes",
     "report": "draw the pictures of the measurements from the committed CSV files",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",
