@@ -11,6 +11,7 @@ from fastswa.averaging_functions import (
     get_swa_multi_avg_fn,
 )
 from fastswa.batch_norm import BNUpdateReport, update_bn
+from fastswa.checkpoints import CheckpointReport, average_checkpoints
 from fastswa.ensemble import average_predictions
 from fastswa.lawa import LAWA
 from fastswa.power_ema import PowerEMA
@@ -34,6 +35,7 @@ __all__ = [
     "AnnealingWarmup",
     "AveragedModel",
     "BNUpdateReport",
+    "CheckpointReport",
     "CyclicalSWALR",
     "ExponentialWarmup",
     "HalfLifeWarmup",
@@ -44,6 +46,7 @@ __all__ = [
     "WeightAverages",
     "accelerate_torch",
     "average_across_ranks_",
+    "average_checkpoints",
     "average_predictions",
     "get_ema_avg_fn",
     "get_ema_multi_avg_fn",

@@ -189,7 +189,7 @@ class Selection:
             if shards.layout(parameter) != shards.layout(known):
                 raise RuntimeError(
                     f"{canonical(name)!r} is not sharded now as it was at first: finish the backward pass before, or "
-                    "call reshard() on the model after a forward pass that has none"
+                    "call reshard() on each FSDP module after a forward pass that has none"
                 )
 
     def _select(self) -> list[Followed]:

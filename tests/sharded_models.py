@@ -151,7 +151,7 @@ def assert_same_averages(averages: WeightAverages, alone: WeightAverages, rank: 
 def assert_follows(
     model: nn.Module, alone: nn.Module, rank: int, steps: int = 10, data: int | None = None, **options: object
 ) -> WeightAverages:
-    """Training steps of a model on several ranks, averaged by parts and, gathered after each step, by a process alone."""
+    """Training steps on several ranks, averaged by parts and, gathered after each step, by a process alone."""
     averages = WeightAverages(model, RULES, **options)
     write(alone, whole_state(model))
     expected = WeightAverages(alone, RULES, **options)

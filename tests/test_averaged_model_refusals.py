@@ -176,7 +176,7 @@ def test_tensors_without_values() -> None:
 def test_a_model_that_cannot_be_copied() -> None:
     model = ConvNet()
     model.hidden.lock = threading.Lock()
-    with pytest.raises(RuntimeError, match=r"because of 'hidden\.lock' \(lock\).*Pass module="):
+    with pytest.raises(RuntimeError, match=r"because of 'hidden\.lock' \(lock\).*WeightAverages.*pass module="):
         fastswa.AveragedModel(model)
     average = fastswa.AveragedModel(model, module=ConvNet())
     average.update_parameters(model)
