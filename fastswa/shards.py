@@ -187,7 +187,7 @@ def groups(tensors: Iterable[Tensor]) -> Sequence[distributed.ProcessGroup]:
     Returns:
         What one process tells its first group, and each member of that its second, and so on, all processes know.
     """
-    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
+    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor) and tensor.device_mesh.get_coordinate()]
     return max(meshes, key=lambda mesh: mesh.ndim).get_all_groups() if meshes else []
 
 

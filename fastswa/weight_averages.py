@@ -118,7 +118,7 @@ class WeightAverages:
         Args:
             skip: a tensor of one element, on the averages' device (a GradScaler's found_inf, a check for NaN): where it
                 is not zero, nothing happens and nothing is counted. On a GPU the host does not read it, and from then
-                on the models are counted there.
+                on the models are counted there. To be equal on ranks that share DTensors.
 
         Raises:
             RuntimeError: inside `swapped`; in a capture, when the update was not prepared before it; where FSDP2 holds
