@@ -114,8 +114,9 @@ class TorchMultiUpdate:
                 self._add([average for average, _ in together], together[0][1], [(first, count)])
                 first += count
 
+    @torch.inference_mode()
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
-        """Run the update. The caller has turned gradients off.
+        """Run the update.
 
         Args:
             weights: one for each set, in [0, 1]; a set of weight 0 is left alone. A tensor is read by the host.

@@ -61,6 +61,9 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(3, 300))),
     "layer": lambda model: setattr(model, "head", nn.Linear(300, 3)),
     "buffer": lambda model: setattr(model, "mask", torch.ones(5)),
+    "equal_value": lambda model: setattr(model.norm, "num_batches_tracked", torch.zeros_like(_counter(model))),
+    "equal_values": lambda model: setattr(model.norm, "running_mean", torch.zeros_like(model.norm.running_mean)),
+    "equal_layer": lambda model: setattr(model, "equal", EqualToAll()),
     "dtype": lambda model: model.norm.double(),
     "deleted": lambda model: delattr(model.head, "bias"),
     "added": lambda model: model.head.register_parameter("scale", nn.Parameter(torch.ones(1))),
@@ -69,9 +72,26 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+class EqualToAll(nn.Linear):
+    """A layer that calls everything its equal."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = nn.Linear.__hash__
+
+
+def _counter(model: nn.Module) -> Tensor:
+    return model.norm.num_batches_tracked
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_watches_see_a_change_and_nothing_else(change: str) -> None:
     model = ConvNet()
+    model.equal = EqualToAll()
     flat = FlatModule(model)
     watches = [TensorWatch(model).unchanged, lambda: flat.holds(model)]
     with torch.no_grad():
