@@ -47,6 +47,15 @@ def test_flat_buffers_keep_identity_values_and_memory_format() -> None:
     assert torch.equal(tensors[2], values[2])
 
 
+def test_flat_buffers_on_a_cpu_start_large_tensors_alike() -> None:
+    tensors = [torch.randn(size) for size in (3, 5, 1 << 14, 7, 20_000)]
+    values = [tensor.clone() for tensor in tensors]
+    flat = FlatBuffers(tensors)
+    assert flat.adjacent(tensors[0], tensors[1])
+    assert [(tensors[index].data_ptr() - tensors[0].data_ptr()) % 4096 for index in (2, 4)] == [0, 0]
+    assert all(map(torch.equal, tensors, values))
+
+
 @pytest.mark.gpu
 def test_flat_buffers_on_a_gpu_start_every_tensor_on_a_cache_line() -> None:
     tensors = [torch.randn(size, device="cuda") for size in (1, 3, 64, 5)]
