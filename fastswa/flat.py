@@ -15,8 +15,8 @@ ALIGNMENT = 128
 """Bytes: on a GPU every tensor starts on a cache line, so that every one qualifies for 128-bit access."""
 
 PAGE, PAGED = 1 << 12, 1 << 16
-"""Bytes: on a CPU a tensor of 16 pages or more starts as far into a page as its buffer. The C library starts large tensors
-alike, the model's too; where average and source lie half a page apart, an update takes 6 % longer."""
+"""Bytes: on a CPU a tensor of 16 pages or more starts as far into a page as its buffer. The C library starts all large
+tensors alike, the model's too; where average and source lie half a page apart, an update takes 6 % longer."""
 
 
 _MOVABLE = (
