@@ -16,7 +16,7 @@ ALIGNMENT = 128
 
 PAGE, PAGED = 1 << 12, 1 << 16
 """Bytes: on a CPU a tensor of 16 pages or more starts as far into a page as its buffer. The C library starts all large
-tensors alike, the model's too; where average and source lie half a page apart, an update takes 6 % longer."""
+tensors alike, the model's too; where average and source lie half a page apart, an update takes 6 % longer or more."""
 
 
 _MOVABLE = (
