@@ -29,8 +29,9 @@ def table(device: torch.device, rows: Sequence[Row]) -> str:
         "",
         f"{first.case}, {first.plan} ({plan.source}, {kept} {plan.average}), {first.device}: "
         f"{first.tensors} parameters of {first.elements} elements, {first.buffers} buffers, {first.bytes / 1e6:.4g} MB",
-        f"{'':46} {'p20 us':>9} {'p50 us':>9} {'p80 us':>9} {'GB/s':>7} {'of ceiling':>10} {'x fastswa':>9} {'reads':>5}"
-        f" {'extra MB':>9}" + (f" {'host us':>9} {'wall us':>9} {'x fastswa':>9} {'launches':>8}" if cuda else ""),
+        f"{'':46} {'p20 us':>9} {'p50 us':>9} {'p80 us':>9} {'GB/s':>7} {'of ceiling':>10} {'x fastswa':>9}"
+        f" {'reads':>5} {'extra MB':>9}"
+        + (f" {'host us':>9} {'wall us':>9} {'x fastswa':>9} {'launches':>8}" if cuda else ""),
     ]
     for row in rows:
         line = f"{row.provider:46}"
