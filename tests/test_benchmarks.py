@@ -256,7 +256,7 @@ def test_reads_and_memory_are_counted() -> None:
     assert counts.device_reads(call, cpu) == 2
     # Two tensors, and a few bytes for the numbers added and read.
     assert 8000 <= counts.peak_extra_bytes(call, cpu) <= 8032
-    assert counts.peak_extra_bytes(lambda: kept.add_(1), cpu) == 0
+    assert counts.peak_extra_bytes(lambda: kept.add_(1), cpu) <= 32
 
 
 class StepClock:
