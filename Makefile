@@ -57,9 +57,7 @@ bench: $(VENV)/bench
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m pytest -m gpu -q
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update --device cuda
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks update_bn --device cuda
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks integrations --device cuda
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels/torch-ext $(PYTHON) -m benchmarks all --device cuda
 
 clean:
 	rm -rf $(VENV) dist

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.alone import ALONE
 from benchmarks.providers import CACHED, CEILING, OURS, TORCH
 from benchmarks.record import Row
 from benchmarks.weight_averages import PASSES, TIMM
@@ -47,8 +46,7 @@ class Target:
 
 
 def _over_torch(rows: Rows) -> float | None:
-    row = rows.get(TORCH + ALONE)
-    return row and row.ratio_to_fastswa
+    return rows[TORCH].ratio_to_fastswa
 
 
 def _wall_over_torch(rows: Rows) -> float | None:
@@ -86,7 +84,7 @@ def _over_timm(rows: Rows) -> float | None:
 
 ALL = ("resnet20", "preresnet164", "resnet50", "vit_b", "gpt2")
 LARGE = ("resnet50", "vit_b", "gpt2")
-TIMES_TORCH = "times as fast as torch AveragedModel, each alone in its process"
+TIMES_TORCH = "times as fast as torch AveragedModel"
 END_TO_END = "times as fast as torch AveragedModel, end to end"
 TIMES_CACHED = "times as fast as cached _foreach_lerp_"
 TIMES_CEILING = "times the ceiling's time"
@@ -113,20 +111,6 @@ TARGETS = (
     Target("cuda", ("resnet50", "gpt2"), "fp32_k4", TIMES_PASSES, _over_passes, at_least=1.25),
     Target("cuda", ("resnet50", "gpt2"), "bf16_stochastic", TIMES_TIMM, _over_timm, at_least=5),
 )
-
-
-def compared_alone(device: str, case: str, plan: str) -> bool:
-    """Whether a target compares with torch's default, each in a process of its own.
-
-    Args:
-        device: "cpu" or "cuda".
-        case: a key of `cases.CASES`.
-        plan: of its dtypes.
-    """
-    return any(
-        target.quantity == TIMES_TORCH and target.device == device and target.plan == plan and case in target.cases
-        for target in TARGETS
-    )
 
 
 def judge(
