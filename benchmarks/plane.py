@@ -11,7 +11,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ class Walk:
         """By the number of iterations before them."""
         run = loop.train(options, dataset, on_collect=self._keep)
         assert run.averages.swa is not None
-        self.average: nn.Module = run.averages.swa
+        self.average: nn.Module = run.averages.swa.float()
         if len(self.models) < len(CORNERS):
             raise ValueError(f"SWA took {len(self.models)} models, and a plane needs {len(CORNERS)}: more epochs")
         kept = list(self.models)
@@ -102,7 +102,7 @@ class Walk:
         self.places = {iteration: self.plane.coordinates(model) for iteration, model in self.models.items()}
 
     def _keep(self, iteration: int, model: nn.Module) -> None:
-        self.models[iteration] = copy.deepcopy(model)
+        self.models[iteration] = copy.deepcopy(model).float()
 
     def survey(self, images: Images, path: Path, points: int) -> PlaneGrid:
         """The values on a grid around the three models and the average; goes on from the file of an interrupted run."""
@@ -184,7 +184,9 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     output: Path = arguments.output
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    given = {"swa": True, "seed": arguments.seed, "epochs": arguments.epochs, "swa_start": arguments.swa_start}
+    # Trained in float64, so that the models do not depend on how a processor rounds; measured in float32.
+    given = {"swa": True, "double": True, "seed": arguments.seed}
+    given |= {"epochs": arguments.epochs, "swa_start": arguments.swa_start}
     walks, rows = [], []
     try:
         for schedule in SCHEDULES:
@@ -192,7 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
             # No test between epochs: nobody looks at it.
             options = Options.of("digits", **given, **cycle, swa_schedule=schedule, eval_every=arguments.epochs)
             dataset = loop.images_for(options)
-            images, walk = Images(dataset, options), Walk(options, dataset)
+            images, walk = Images(replace(dataset, dtype=torch.float32), options), Walk(options, dataset)
             walks.append((walk, walk.survey(images, output / f"{schedule}.npz", arguments.points)))
             rows += walk.rows(images, command)
     except (ValueError, ImportError) as error:

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-every", type=int, help="epochs between tests; default: 5; 1 for digits")
     add("--seed", type=int, help="of weights, batches and dropout, and of the digits' split; default: 0")
     add("--amp", action="store_true", default=None, help="bfloat16 where torch.autocast finds it safe")
+    add("--double", action="store_true", default=None, help="float64: the same numbers on every CPU, as printed")
     add("--channels-last", action="store_true", default=None, help="memory format of weights and images")
     add("--resume", type=Path, help="a run's folder or checkpoint; its options hold, others are refused")
     add("--output", type=Path, help="folder of log and checkpoint; default: in runs/, named after the options")

@@ -99,6 +99,26 @@ def test_at_the_points_it_is_the_models_own_value(plane: WeightPlane, model: Con
     assert grid.points == tuple(point[:2] for point in plane.points)
 
 
+def test_at_the_points_the_loss_is_that_of_the_three_models(model: ConvNet) -> None:
+    models = points_of(model)
+    plane = WeightPlane(*models)
+    batches = [(torch.randn(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(3)]
+
+    def loss(model: nn.Module) -> Tensor:
+        model.eval()
+        return sum(cross_entropy(model(images), labels) for images, labels in batches)
+
+    x, y = sorted({each.x for each in plane.points}), sorted({each.y for each in plane.points})
+    for loader in (None, batches):
+        grid = plane.evaluate(model, loss, x, y, update_bn_loader=loader)
+        for point, own in zip(plane.points, models, strict=True):
+            own = copy.deepcopy(own)
+            if loader is not None:
+                swa_utils.update_bn(loader, own)
+            # The same weights bit for bit, in the same operations.
+            assert grid.values["value"][y.index(point.y), x.index(point.x)] == float(loss(own).detach())
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_gets_its_own_back(plane: WeightPlane, model: ConvNet, fails: bool) -> None:
     train_step(model)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from importlib import import_module
@@ -85,6 +88,7 @@ def test_defaults_are_the_authors_settings(dataset: str, model: str, swa: bool, 
         ({"swa": True, "swa_schedule": "cyclical", "swa_lr_min": 0.06}, "swa_lr_min must be between 0 and 0.05"),
         ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1"),
         ({"momentum": float("nan")}, "momentum must be between 0 and 1"),
+        ({"amp": True, "double": True}, "amp and double exclude each other"),
         ({"model": "resnet"}, "model must be one of digits, "),
     ],
 )
@@ -187,6 +191,48 @@ def test_amp_and_channels_last(tmp_path: Path) -> None:
     # bfloat16 keeps 8 bits, and the losses of the first epoch's batches are of order 1.
     assert mixed.rows[0].train_loss != plain.rows[0].train_loss
     assert mixed.rows[0].train_loss == pytest.approx(plain.rows[0].train_loss, rel=0.1)
+
+
+SCORES = """
+import torch
+from benchmarks.training.loop import images_for, train
+from benchmarks.training.options import Options
+
+torch.set_num_threads(1)
+options = Options.of("digits", epochs=12, double=True, swa=True, swa_start=10, swag=True, swag_samples=3)
+for name, score in train(options, images_for(options)).scores.items():
+    print(name, score.loss)
+"""
+
+
+def test_in_float64_a_run_does_not_depend_on_how_a_processor_rounds() -> None:
+    def scores(**environment: str) -> dict[str, float]:
+        program = [sys.executable, "-c", SCORES]
+        result = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        return {name: float(loss) for name, loss in map(str.split, result.stdout.splitlines())}
+
+    # The code of torch, oneDNN and MKL for other processors, which sums in another order.
+    here, elsewhere = scores(), scores(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="SSE41", MKL_CBWR="COMPATIBLE")
+    assert here.keys() == elsewhere.keys() == {"sgd", "swa", "swag"}
+    # 120 iterations turn the 2^-24 of float32 into a difference of 1e-2 and more, so they magnify 2^-53 to 1e-10 or so.
+    # SWAG's samples add float32 normal numbers, which differ by 6e-8 and move a loss by less.
+    assert elsewhere == pytest.approx(here, rel=1e-8)
+
+
+def test_double_is_everywhere() -> None:
+    options = Options.of(
+        "digits", epochs=2, double=True, swa=True, swa_start=1, swag=True, swag_samples=2, ema_decay=0.9
+    )
+    run = train(options, images_for(options))
+    assert run.averages.swa is not None
+    assert run.averages.ema is not None
+    assert run.averages.swag is not None
+    held = [run.model.state_dict(), run.averages.swa.module.state_dict(), run.averages.ema.module.state_dict()]
+    held += [run.averages.swag.state_dict()["mean"]]
+    dtypes = {tensor.dtype for state in held for tensor in state.values() if tensor.is_floating_point()}
+    assert dtypes == {torch.float64}
+    images, _ = next(iter(augmentation.training_batches(images_for(options), 16, 0, 1)))
+    assert images.dtype == torch.float64
 
 
 def test_cifar_networks_train_on_enlarged_digits() -> None:

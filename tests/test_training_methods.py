@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from benchmarks import methods
+from benchmarks import methods, record
 from benchmarks.__main__ import main
 from benchmarks.training import comparison
 from benchmarks.training.comparison import BASELINE, METHODS, Result
@@ -75,13 +75,36 @@ def test_every_method_and_seed_is_recorded(tmp_path: Path, capsys: pytest.Captur
         assert shown[:2] + shown[4:] == pytest.approx(expected[: len(shown) - 2], abs=0.02)
 
     # A run of its own, with the options of the method and nothing that rides along.
-    options = Options.of("digits", epochs=2, seed=1, swa=True, swa_start=1, swa_schedule="cyclical")
+    options = Options.of("digits", epochs=2, seed=1, swa=True, swa_start=1, swa_schedule="cyclical", double=True)
     expected = train(options, images_for(options)).scores["swa"].accuracy
     assert accuracies["SWA, cyclical rate"][1] == pytest.approx(expected, abs=0.01)
 
     picture = output / "digits.png"
     assert picture.stat().st_size < 300_000
     assert imread(picture).std() > 0
+
+
+def committed() -> list[Result]:
+    with (record.RESULTS / "digits-cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = {"threads": int, "seed": int, "epochs": int, "test_accuracy": float, "test_loss": float}
+    return [Result(**{key: numbers.get(key, str)(value) for key, value in row.items()}) for row in rows]
+
+
+def test_the_readme_s_table_is_that_of_the_committed_file() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for line in comparison.table(committed()).splitlines()[1 : len(METHODS) + 1]:
+        assert "| " + " | ".join(re.split(r"\s{2,}", line)) + " |" in readme
+
+
+def test_the_command_gives_the_committed_numbers() -> None:
+    """A seed again: float64, so that it does not matter on which processor."""
+    first = committed()[0]
+    for found in methods.trained("sgd", first.seed, first.epochs, first.command):
+        expected = next(each for each in committed() if (each.method, each.seed) == (found.method, found.seed))
+        # The file has four digits.
+        assert found.test_accuracy == pytest.approx(expected.test_accuracy, abs=0.006)
+        assert found.test_loss == pytest.approx(expected.test_loss, abs=6e-5)
 
 
 def test_what_rides_along_changes_nothing() -> None:

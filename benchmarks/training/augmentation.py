@@ -62,13 +62,14 @@ class Batches:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, float32 (n, C, H, W), and labels."""
+        """Images, (n, C, H, W) of the dataset's dtype, and labels."""
         device = self.images.device
         mean, std = (
-            torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.dataset.mean, self.dataset.std)
+            torch.tensor(values, dtype=self.dataset.dtype, device=device).view(-1, 1, 1)
+            for values in (self.dataset.mean, self.dataset.std)
         )
         for images, labels in self._augmented() if self.seed is not None else self._plain():
-            images = images.to(torch.float32, memory_format=self.memory_format)
+            images = images.to(self.dataset.dtype, memory_format=self.memory_format)
             yield images.sub_(mean).div_(std), labels
 
     def _plain(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastswa
@@ -26,7 +27,8 @@ class Averages:
         self.collected = 0
         """Models that SWA took."""
         self.swa = fastswa.AveragedModel(model) if options.swa else None
-        self.swag = fastswa.SWAG(model, rank=options.swag_rank) if options.swag else None
+        dtype = torch.float64 if options.double else torch.float32
+        self.swag = fastswa.SWAG(model, rank=options.swag_rank, dtype=dtype) if options.swag else None
         self.ema = None
         if options.ema_decay is not None:
             rule = fastswa.get_ema_multi_avg_fn(options.ema_decay)

@@ -31,6 +31,7 @@ class Dataset:
         std: of each channel, by which the difference is divided.
         padding: zeros on each side of a training image, from which a window of its own size is cut.
         flip: whether half of the training images are mirrored.
+        dtype: of the batches, float32 or float64.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset:
     std: tuple[float, ...]
     padding: int
     flip: bool
+    dtype: torch.dtype = torch.float32
 
     @property
     def channels(self) -> int:

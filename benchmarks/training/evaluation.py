@@ -58,7 +58,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     tally = Tally(device)
     model.eval()
     for images, labels in batches:
-        scores = model(images).float()
+        scores = model(images)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         tally.add(cross_entropy(scores, labels), scores, labels)
     return tally.score()
 

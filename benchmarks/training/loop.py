@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from benchmarks.training.run import OnCollect, Run
 
 
 def images_for(options: Options, data_path: Path | str | None = None) -> datasets.Dataset:
-    """The images that a run is about; the digits' split depends on the run's seed.
+    """The images that a run is about, in its dtype; the digits' split depends on the run's seed.
 
     Args:
         options: of the run.
         data_path: folder of CIFAR's files.
     """
     dataset = datasets.load(options.dataset, data_path, options.seed)
+    dataset = replace(dataset, dtype=torch.float64 if options.double else torch.float32)
     # The other networks take images of 32x32 pixels.
     return dataset.enlarged() if options.dataset == "digits" != options.model else dataset
 

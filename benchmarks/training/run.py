@@ -38,7 +38,7 @@ class Run:
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         torch.manual_seed(options.seed)
         model = networks.build(options.model, dataset.classes, dataset.channels)
-        self.model = model.to(device=self.device, memory_format=self.memory_format)
+        self.model = model.to(device=self.device, dtype=dataset.dtype, memory_format=self.memory_format)
         self.optimizer = SGD(
             model.parameters(), options.lr_init, momentum=options.momentum, weight_decay=options.weight_decay
         )
