@@ -17,7 +17,9 @@ COMMANDS = {
     "integrations": "time one update in each library that averages weights: its own, and fastswa's in its place",
     "import_time": "time `import fastswa` beside `import torch`",
     "shards": "check the arithmetic of an update past one GPU against counts on 2, 4 and 8 gloo processes",
-    "report": "draw the pictures of the measurements from the committed CSV files",
+    "all": "run all benchmarks of one device, and say which targets are met",
+    "compare": "compare two folders of CSV files: which ratios differ by more than their percentiles?",
+    "report": "draw the pictures and write the tables of the measurements from the committed CSV files",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",
 }

@@ -78,6 +78,21 @@ def ratio(slow: Times, fast: Times) -> float:
     return statistics.median(statistics.median(one) / statistics.median(other) for one, other in pairs)
 
 
+def ratio_percentiles(slow: Times, fast: Times) -> tuple[float, float]:
+    """How far `ratio` scatters from round to round.
+
+    Args:
+        slow: times of the one.
+        fast: times of the other, in the same rounds.
+
+    Returns:
+        The 20 and 80 % percentiles over the rounds of the ratio of the blocks' medians.
+    """
+    pairs = zip(slow.runs, fast.runs, strict=True)
+    ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
+    return float(np.percentile(ratios, 20)), float(np.percentile(ratios, 80))
+
+
 class Clock(Protocol):
     """Runs blocks of calls."""
 

@@ -15,14 +15,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import overlap, record
-from benchmarks.alone import alone
 from benchmarks.cases import CASES
 from benchmarks.one_case import check_case, measure_case
 from benchmarks.process import in_fresh_process
 from benchmarks.providers import PLANS
 from benchmarks.record import Row
 from benchmarks.table import table
-from benchmarks.targets import compared_alone
 from benchmarks.verify import YES
 
 GPU_ONLY = "llama8b"
@@ -92,8 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{case} {plan}: the process died (memory?): {error}", file=sys.stderr)
                 died = True
                 continue
-            if compared_alone(device.type, case, plan):
-                measured += alone(measured, seconds / 10)
             print(table(device, measured), flush=True)
             rows += measured
     path = arguments.output or record.default_path(device)

@@ -79,7 +79,7 @@ def test_networks_are_the_published_ones(
 
 
 def test_the_stages_have_the_published_resolutions() -> None:
-    sizes: dict[str, list[int]] = {"preresnet164": [], "resnet50_batch32": []}
+    sizes: dict[str, list[int]] = {"preresnet164": [], "resnet50_batch8": []}
     for name, seen in sizes.items():
         case = CASES[name]
         model = case.network().eval()
@@ -87,7 +87,7 @@ def test_the_stages_have_the_published_resolutions() -> None:
             stage.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.shape[-1]))
         with torch.no_grad():
             model(torch.randn(1, *case.shape[1:]))
-    assert sizes == {"preresnet164": [32, 16, 8], "resnet50_batch32": [56, 28, 14, 7]}
+    assert sizes == {"preresnet164": [32, 16, 8], "resnet50_batch8": [56, 28, 14, 7]}
 
 
 def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +262,7 @@ def test_what_is_measured_where() -> None:
             Namespace(device=device, **{"cases": None, "precisions": None, "batches_from": None, **options})
         )
 
-    assert chosen("cpu") == [(case, "fp32", "device") for case in ("mlp", "preresnet164", "resnet50_batch32")]
+    assert chosen("cpu") == [(case, "fp32", "device") for case in ("mlp", "preresnet164", "resnet50_batch8")]
     assert len(chosen("cuda")) == 9
     assert chosen("cuda")[-1] == ("resnet50_batch256", "bf16_autocast", "host")
     assert chosen("cpu", cases=["resnet50_batch256"], precisions=["bf16_autocast"], batches_from=["host"]) == [

@@ -10,7 +10,7 @@ from benchmarks.pictures.bars import card, legend
 from benchmarks.pictures.measurements import disturbed, origin, read
 from benchmarks.pictures.shares import COLUMNS, providers, shares, to_the_ceiling
 
-FILES = ("cpu-several-averages.csv",)
+FILES = ("cpu.csv",)
 AVERAGES = {"fp32_k2": "two float32 averages", "fp32_k4": "four float32 averages"}
 ROUNDED = {"bf16_stochastic": "bfloat16 weights and average"}
 
@@ -24,8 +24,8 @@ def draw(results: Path) -> Figure:
     Raises:
         ValueError: the file lacks a column.
     """
-    rows = read(results / FILES[0], COLUMNS)
-    figure = card(11, 9.5, [origin(rows)])
+    rows = [row for row in read(results / FILES[0], COLUMNS) if row["plan"] in {**AVERAGES, **ROUNDED}]
+    figure = card(11, 6, [origin(rows)])
     # A part each, because they compare different providers.
     upper, lower = figure.subfigures(2, height_ratios=(1.2, 1))
     parts = [

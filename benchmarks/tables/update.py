@@ -1,0 +1,88 @@
+"""One update of one average: fastswa, torch's class and the quickest other way, by network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.pictures.measurements import NAMES, Measurement, disturbed, number
+from benchmarks.providers import CEILING, OURS, TORCH
+from benchmarks.tables.files import File, gpus, link, rows_of
+from benchmarks.tables.markdown import commands, figure, hardware, paragraph, plain, ratio, table, together
+
+PLANS = {"fp32": "", "mixed": ", bfloat16 weights, float32 average"}
+MIXED = ("gpt2",)
+"""The networks that are shown with bfloat16 weights too."""
+HEADINGS = ("tensors of", "fastswa", "torch's AveragedModel", "quickest other", "times torch's speed", "times the other's")
+
+
+def update(files: Sequence[File]) -> str:
+    """The table of a device after another.
+
+    Args:
+        files: of a folder.
+    """
+    parts = []
+    for device in ("cpu", *gpus(files)):
+        rows = [row for row in rows_of(files, "update", device) if row.get("plan") in PLANS]
+        if rows:
+            parts.append(_on(device, rows, link(files, "update", device)))
+    return "\n\n".join(parts) + ("" if gpus(files) else "\nOn a GPU: not measured yet.")
+
+
+def _on(device: str, rows: Sequence[Measurement], source: str) -> str:
+    lines: list[tuple[str, ...]] = []
+    quicker: dict[str, list[str]] = {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for plan, words in PLANS.items():
+            found = {row["provider"]: row for row in rows if (row["case"], row["plan"]) == (case, plan)}
+            if OURS not in found or (plan == "mixed" and case not in MIXED):
+                continue
+            other = _quickest(found)
+            name = NAMES.get(case, case) + words
+            lines.append(
+                (
+                    *(name, _time(found[OURS]), _time(found.get(TORCH))),
+                    f"{_time(other)}, {other['provider']}" if other else "none can",
+                    *(_ratio(found.get(TORCH)), _ratio(other)),
+                )
+            )
+            if other and (number(other, _column(other)) or 1) < 1:
+                quicker.setdefault(plain(other["provider"]), []).append(name)
+    where = "a CPU" if device == "cpu" else f"an {device}"
+    heading = paragraph(
+        f"Time of one update on {where} in milliseconds (medians, all taking turns in one process;",
+        "in brackets 20 to 80 % of the rounds):",
+    )
+    losses = together([f"{provider} on {together(names)}" for provider, names in quicker.items()])
+    notes = paragraph(
+        f"Quicker than fastswa: {losses}." if losses else "No other is quicker.",
+        "Times marked with a star were taken while other processes ran." if any("*" in line[1] for line in lines) else "",
+        f"{hardware(rows[0])}: {commands(rows)} ({source}).",
+    )
+    return f"{heading}\n\n{table(HEADINGS, lines)}\n\n{notes}"
+
+
+def _quickest(found: dict[str, Measurement]) -> Measurement | None:
+    others = [row for name, row in found.items() if name not in (TORCH, CEILING) and not name.startswith("fastswa ")]
+    timed = [row for row in others if number(row, _column(row)) is not None]
+    return min(timed, key=lambda row: number(row, _column(row)) or 0, default=None)
+
+
+def _column(row: Measurement) -> str:
+    """On a GPU the wait for it counts."""
+    return "ratio_to_fastswa" if row["device"] == "cpu" else "wall_ratio_to_fastswa"
+
+
+def _time(row: Measurement | None) -> str:
+    if row is None:
+        return "-"
+    time = number(row, "p50_us" if row["device"] == "cpu" else "wall_us")
+    if time is None:
+        return "refuses"
+    return figure(time / 1000) + ("\\*" if disturbed([row]) else "")
+
+
+def _ratio(row: Measurement | None) -> str:
+    if row is None:
+        return "-"
+    return ratio(row) if row["device"] == "cpu" else figure(number(row, _column(row)))
