@@ -15,14 +15,16 @@ from pathlib import Path
 
 from benchmarks.pictures.measurements import Measurement, number
 from benchmarks.record import RESULTS
-from benchmarks.tables.files import COLUMNS, File, load
+from benchmarks.tables.files import COLUMNS, load
 from benchmarks.tables.markdown import figure
 
 MEASURED = re.compile(
-    r"(.+_)?(us|ms|per_second|per_batch|reads|bytes_moved)|share_of_.*|.*ratio_.*"
+    r"(.+_)?(us|ms|per_second|per_batch|reads)|share_of_.*|.*ratio_.*"
     r"|launches|peak_extra_bytes|rounds|disturbed|checked|test_.*"
 )
-"""Columns that a repetition may change; those of `COLUMNS` are no part of the work either."""
+"""Columns that a repetition may change."""
+VERSIONS = ("fvcore", "version")
+"""These and `COLUMNS` are no part of the work either."""
 HARDWARE = ("device", "cpu", "threads")
 
 Key = tuple[str, ...]
@@ -121,7 +123,10 @@ def compare(one: Sequence[Measurement], other: Sequence[Measurement]) -> Compari
 
 def _keyed(rows: Sequence[Measurement]) -> Iterator[tuple[Key, Measurement]]:
     for row in rows:
-        yield tuple(f"{row[name]}" for name in row if name not in COLUMNS and not MEASURED.fullmatch(name)), row
+        yield (
+            tuple(row[name] for name in row if name not in (*COLUMNS, *VERSIONS) and not MEASURED.fullmatch(name)),
+            row,
+        )
 
 
 def _interval(row: Measurement) -> tuple[float, float] | None:
@@ -131,7 +136,9 @@ def _interval(row: Measurement) -> tuple[float, float] | None:
 
 
 def _words(row: Measurement) -> str:
-    return "{} ({} to {})".format(*(figure(number(row, name)) for name in ("ratio_to_fastswa", "ratio_p20", "ratio_p80")))
+    return "{} ({} to {})".format(
+        *(figure(number(row, name)) for name in ("ratio_to_fastswa", "ratio_p20", "ratio_p80"))
+    )
 
 
 def _counts(found: Comparison) -> str:

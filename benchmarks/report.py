@@ -81,7 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         files = load(arguments.results)
         texts = {
-            arguments.output / "README.md": results.page(files, {name: each.FILES for name, each in pictures().items()}),
+            arguments.output / "README.md": results.page(
+                files, {name: each.FILES for name, each in pictures().items()}
+            ),
             arguments.readme: blocks.rewritten(arguments.readme.read_text(), files),
         }
     except ValueError as error:

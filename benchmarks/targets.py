@@ -18,7 +18,9 @@ TIMES_TORCH = "times as fast as torch AveragedModel"
 TIMES_CACHED = f"times as fast as {CACHED}"
 
 
-def _update(device: str, cases: Sequence[str], plan: str, provider: str, column: str, words: str, **bound: Any) -> Target:
+def _update(
+    device: str, cases: Sequence[str], plan: str, provider: str, column: str, words: str, **bound: Any
+) -> Target:
     named = {SMALL: "small networks", LARGE: "large networks"}.get(tuple(cases)) or ", ".join(map(NAMES.get, cases))
     rows = {"case": cases, "plan": (plan,), "provider": (provider,)}
     return Target(device, f"update, {named}, {PRECISIONS.get(plan, plan)}", "update", rows, column, words, **bound)

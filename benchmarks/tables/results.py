@@ -66,7 +66,9 @@ def _rows(rows: Sequence[Measurement]) -> str:
         merged["ratio_to_fastswa"] = list(RATIOS)
     hidden = {name for low, _, high in merged.values() for name in (low, high)} | set(COLUMNS)
     columns = [name for name in rows[0] if name not in hidden and any(row[name] for row in rows)]
-    return table([name.replace("_", " ") for name in columns], ([_cell(row, name, merged) for name in columns] for row in rows))
+    return table(
+        [name.replace("_", " ") for name in columns], ([_cell(row, name, merged) for name in columns] for row in rows)
+    )
 
 
 def _cell(row: Measurement, column: str, merged: Mapping[str, Sequence[str]]) -> str:

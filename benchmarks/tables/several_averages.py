@@ -25,7 +25,9 @@ def several_averages(files: Sequence[File]) -> str:
     for row in rows:
         found.setdefault((row["plan"], row["case"]), {})[row["provider"]] = row
     sentences = [
-        sentence for (plan, case), own in sorted(found.items(), reverse=True) for sentence in _sentences(plan, case, own)
+        sentence
+        for (plan, case), own in sorted(found.items(), reverse=True)
+        for sentence in _sentences(plan, case, own)
     ]
     return paragraph(*sentences, f"{hardware(rows[0])}: {commands(rows)} ({link(files, 'update')}).")
 

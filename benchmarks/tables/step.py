@@ -18,9 +18,13 @@ def step(files: Sequence[File]) -> str:
     parts = []
     for device in ("cpu", *gpus(files)):
         rows = rows_of(files, "step", device)
-        sentences = [_sentence([row for row in rows if row["case"] == case]) for case in dict.fromkeys(map(_case, rows))]
+        sentences = [
+            _sentence([row for row in rows if row["case"] == case]) for case in dict.fromkeys(map(_case, rows))
+        ]
         if rows:
-            parts.append(paragraph(*sentences, f"{hardware(rows[0])}: {commands(rows)} ({link(files, 'step', device)})."))
+            parts.append(
+                paragraph(*sentences, f"{hardware(rows[0])}: {commands(rows)} ({link(files, 'step', device)}).")
+            )
     return "\n\n".join(parts) or "The share of a training step: not measured yet."
 
 

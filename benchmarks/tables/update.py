@@ -12,7 +12,14 @@ from benchmarks.tables.markdown import commands, figure, hardware, paragraph, pl
 PLANS = {"fp32": "", "mixed": ", bfloat16 weights, float32 average"}
 MIXED = ("gpt2",)
 """The networks that are shown with bfloat16 weights too."""
-HEADINGS = ("tensors of", "fastswa", "torch's AveragedModel", "quickest other", "times torch's speed", "times the other's")
+HEADINGS = (
+    "tensors of",
+    "fastswa",
+    "torch's AveragedModel",
+    "quickest other",
+    "times torch's speed",
+    "times the other's",
+)
 
 
 def update(files: Sequence[File]) -> str:
@@ -56,7 +63,9 @@ def _on(device: str, rows: Sequence[Measurement], source: str) -> str:
     losses = together([f"{provider} on {together(names)}" for provider, names in quicker.items()])
     notes = paragraph(
         f"Quicker than fastswa: {losses}." if losses else "No other is quicker.",
-        "Times marked with a star were taken while other processes ran." if any("*" in line[1] for line in lines) else "",
+        "Times marked with a star were taken while other processes ran."
+        if any("*" in line[1] for line in lines)
+        else "",
         f"{hardware(rows[0])}: {commands(rows)} ({source}).",
     )
     return f"{heading}\n\n{table(HEADINGS, lines)}\n\n{notes}"
