@@ -133,8 +133,8 @@ def judge(target: Target, rows: Iterable[Row]) -> Verdict:
     if not measured:
         return Verdict(target)
     worst = min(measured, key=lambda verdict: verdict.margin)
-    # The name of the only one says nothing.
-    return worst if len(measured) > 1 else replace(worst, case="")
+    # Where all are the same, a name says nothing.
+    return worst if len({verdict.value for verdict in measured}) > 1 else replace(worst, case="")
 
 
 def _of(target: Target, row: Row) -> Verdict:

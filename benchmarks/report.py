@@ -1,7 +1,7 @@
 """Draws the pictures and writes the tables of the measurements from the committed CSV files, and measures nothing.
 
-Each picture names the hash of the files that it was drawn from, so that a test can tell when it is out of date. The tables
-stand in results/README.md, and in the main README between marks.
+Each picture names the hash of the files that it was drawn from, so that a test can tell when it is out of date. The
+tables stand in results/README.md, and in the main README between marks.
 """
 
 from __future__ import annotations
