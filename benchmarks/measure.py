@@ -1,7 +1,7 @@
 """Times of several calls that take turns, so that a noisy or drifting machine is equally unfair to all.
 
 Each round gives every call a block of consecutive runs, in an order shuffled by a fixed seed. Ratios are taken within a
-round and then their median over the rounds.
+round, and then their median and percentiles over the rounds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.disturbance import LIMIT, Disturbance, wait_until_alone
 
-ROUNDS = 9
-FEWEST, MOST = 3, 100
-"""Counted runs in a block."""
+ROUNDS, FEWEST_ROUNDS = 9, 5
+TRIED, MOST = 3, 100
+"""Runs of a trial, and at most of a block."""
 PATIENCE = 4
 
 Call = Callable[[], object]
@@ -97,7 +97,7 @@ class Clock(Protocol):
     """Runs blocks of calls."""
 
     def block(self, call: Call, count: int, times: Times) -> None:
-        """Run a call once uncounted, then `count` times, and add a round to `times`."""
+        """Run a call `count` times, after an uncounted one where there are several, and add a round to `times`."""
 
 
 def measure(
@@ -110,14 +110,24 @@ def measure(
     Args:
         calls: by name.
         clock: of the device on which they run.
-        seconds: to spend on all of them; slow calls take longer, since each runs at least `FEWEST` times a round.
+        seconds: to spend on all of them; where one run of each takes long, they get fewer rounds, and at least
+            `FEWEST_ROUNDS` however long that takes.
         rounds: how many turns each call gets.
-        runs: counted ones in each block; left out, as many as fit into the time, which costs a trial of each call.
+        runs: counted ones in each block, in all rounds; left out, as many as fit into the time, which costs a trial of
+            each call.
 
     Returns:
         Times by name, and how many of the rounds were disturbed all the same.
     """
-    counts = dict.fromkeys(calls, runs) if runs else _counts(calls, clock, seconds / rounds / max(1, len(calls)))
+    if runs:
+        counts = dict.fromkeys(calls, runs)
+    else:
+        share = seconds / rounds / max(1, len(calls))
+        each = _trial(calls, clock, share)
+        counts = {name: min(MOST, max(1, int(share / own))) for name, own in each.items()}
+        # Blocks take their share of the time, where it is longer than one run.
+        turn = sum(max(own, share) for own in each.values())
+        rounds = min(rounds, max(FEWEST_ROUNDS, round(seconds / turn))) if calls else rounds
     times = {name: Times() for name in calls}
     order = random.Random(0)
     names = list(calls)
@@ -146,13 +156,14 @@ def measure(
     return times, disturbed
 
 
-def _counts(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[str, int]:
-    """How many runs of each call fit into the time of its block."""
-    counts = {}
+def _trial(calls: Mapping[str, Call], clock: Clock, seconds: float) -> dict[str, float]:
+    """Seconds of a run of each call, the clock's own pauses included."""
+    each = {}
     for name, call in calls.items():
-        start = time.perf_counter()
-        clock.block(call, FEWEST, Times())
-        # What a counted run costs, the clock's own pauses included.
-        each = (time.perf_counter() - start) / FEWEST
-        counts[name] = min(MOST, max(FEWEST, int(seconds / each)))
-    return counts
+        for count in (1, TRIED):
+            start = time.perf_counter()
+            clock.block(call, count, Times())
+            each[name] = (time.perf_counter() - start) / count
+            if each[name] > seconds:
+                break
+    return each

@@ -9,47 +9,23 @@ import torch
 from benchmarks import record
 from benchmarks.cases import Shapes
 from benchmarks.clocks import CPUClock, CUDAClock, device_launches
-from benchmarks.measure import Times, measure, ratio
-from benchmarks.providers import CEILING, PLANS, update_bytes
+from benchmarks.counts import device_reads, peak_extra_bytes
+from benchmarks.measure import Times, measure, ratio, ratio_percentiles
+from benchmarks.providers import CEILING, PLANS, Prepared, update_bytes
 from benchmarks.record import Row
-from benchmarks.verify import CEILING_NOTE, YES, verify
-from benchmarks.weight_averages import providers_of
+from benchmarks.registry import providers_of
+from benchmarks.verify import verify
 
 
-def check_case(case: str, plan: str, device: torch.device) -> dict[str, str]:
-    """Check every provider on one case.
-
-    Args:
-        case: a key of `CASES`.
-        plan: a key of `PLANS`.
-        device: where the model is.
-
-    Returns:
-        A verdict for each provider, as `verify` gives it.
-    """
-    torch.manual_seed(0)
-    return verify(Shapes(case, PLANS[plan].source, device), PLANS[plan], providers_of(plan))[1]
-
-
-def measure_case(
-    case: str,
-    plan: str,
-    device: torch.device,
-    seconds: float,
-    command: str,
-    verdicts: dict[str, str] | None = None,
-    settled: bool = False,
-) -> list[Row]:
-    """Time every provider on one case that gives the right result.
+def measure_case(case: str, plan: str, device: torch.device, seconds: float, command: str) -> list[Row]:
+    """Time every provider on one case that gives the right result, and count what its update costs beside time.
 
     Args:
         case: a key of `CASES`.
         plan: a key of `PLANS`.
         device: where the model is.
-        seconds: to spend on timing.
+        seconds: to spend on timing; slow cases take longer, for `FEWEST_ROUNDS` runs of each provider.
         command: to be recorded.
-        verdicts: of `check_case` in another process; left out, the check is made here.
-        settled: bring the C library's allocator into the state in which it keeps large blocks.
 
     Returns:
         A row for each provider, with no times for those that were skipped or wrong.
@@ -60,12 +36,8 @@ def measure_case(
     size = update_bytes(model, PLANS[plan])
     providers = providers_of(plan)
     ours = next(iter(providers))
-    if verdicts is None:
-        prepared, verdicts = verify(model, PLANS[plan], providers)
-    else:
-        right = [name for name, verdict in verdicts.items() if verdict in (YES, CEILING_NOTE)]
-        prepared = {name: providers[name].setup(model, PLANS[plan]) for name in right}
-    if settled:
+    prepared, verdicts = verify(model, PLANS[plan], providers)
+    if device.type == "cpu":
         settle_allocator()
     clock = CUDAClock() if device.type == "cuda" else CPUClock()
     times, disturbed = measure({name: ready.update for name, ready in prepared.items()}, clock, seconds)
@@ -75,8 +47,8 @@ def measure_case(
     rows = []
     for name in providers:
         values = dict.fromkeys(MEASURED) | _values(times, name, ours, size)
-        if device.type == "cuda" and name in prepared:
-            values["launches"] = device_launches(prepared[name].update)
+        if name in prepared:
+            values |= _counts(prepared[name], device)
         rows.append(
             Row(
                 **facts,  # type: ignore[arg-type]
@@ -87,6 +59,7 @@ def measure_case(
                 buffers=len(list(model.buffers())),
                 elements=sum(tensor.numel() for tensor in model.parameters()),
                 bytes=size,
+                rounds=max((len(own.runs) for own in times.values()), default=0),
                 disturbed=disturbed,
                 checked=verdicts[name],
                 **values,  # type: ignore[arg-type]
@@ -96,8 +69,9 @@ def measure_case(
 
 
 MEASURED = (
-    *("p20_us", "p50_us", "p80_us", "gb_per_second", "share_of_ceiling", "ratio_to_fastswa"),
-    *("host_us", "wall_us", "wall_ratio_to_fastswa", "launches"),
+    *("p20_us", "p50_us", "p80_us", "gb_per_second", "share_of_ceiling"),
+    *("ratio_to_fastswa", "ratio_p20", "ratio_p80", "host_us", "wall_us", "wall_ratio_to_fastswa"),
+    *("launches", "device_reads", "peak_extra_bytes"),
 )
 
 
@@ -105,7 +79,8 @@ def settle_allocator() -> None:
     """Free one block of 30 MB on the CPU, as training may do with its activations.
 
     The C library then keeps blocks of up to that size for the next temporary, where before it gave the larger ones back
-    to the system each time. It is the state in which an update that allocates is quickest.
+    to the system each time. Without it the time of an update that allocates would be a matter of chance: torch's
+    default on ResNet-50 was seen to take from 18 to 56 ms.
     """
     torch.zeros(30 << 18).add_(1)
 
@@ -119,6 +94,7 @@ def _values(times: dict[str, Times], name: str, ours: str, size: int) -> dict[st
     values["share_of_ceiling"] = ratio(times[CEILING], own)
     if ours in times:
         values["ratio_to_fastswa"] = ratio(own, times[ours])
+        values["ratio_p20"], values["ratio_p80"] = ratio_percentiles(own, times[ours])
     if own.wall:
         values["host_us"] = statistics.median(run for block in own.host for run in block)
         values["wall_us"] = statistics.median(own.wall)
@@ -126,3 +102,11 @@ def _values(times: dict[str, Times], name: str, ours: str, size: int) -> dict[st
             walls = zip(own.wall, times[ours].wall, strict=True)
             values["wall_ratio_to_fastswa"] = statistics.median(one / other for one, other in walls)
     return values
+
+
+def _counts(ready: Prepared, device: torch.device) -> dict[str, float | None]:
+    return {
+        "launches": device_launches(ready.update) if device.type == "cuda" else None,
+        "device_reads": device_reads(ready.update, device),
+        "peak_extra_bytes": peak_extra_bytes(ready.update, device),
+    }

@@ -6,7 +6,7 @@ after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,15 @@ Weight = Callable[[int], float]
 """The weight of the model that follows n others, n >= 1."""
 Averages = Callable[[], Iterable[Mapping[str, Tensor]]]
 """Gives each average and its buffers under the model's names, one after another: they may be copies."""
+Exact = Callable[[Sequence[float]], float]
+"""What an average is of the weight that an element started from, given the models in units of that weight."""
+
+COPIED = "buffers copied"
+AVERAGED = "buffers averaged, integers copied"
+LEFT = "buffers averaged, integers left as they were"
+TRUNCATED = "buffers averaged, integers cut off to whole numbers"
+NO_BUFFERS = "parameters only"
+ONE_AVERAGE = ("fp32", "mixed", "bf16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Plan:
         average: of the averages.
         averages: how many are kept.
         stochastic: whether the comparison is of stochastic rounding.
+        moments: whether it is of SWAG's mean, variance and deviations.
     """
 
     name: str
@@ -48,6 +58,7 @@ class Plan:
     average: torch.dtype
     averages: int = 1
     stochastic: bool = False
+    moments: bool = False
 
 
 PLANS = {
@@ -59,6 +70,7 @@ PLANS = {
         Plan("fp32_k2", torch.float32, torch.float32, averages=2),
         Plan("fp32_k4", torch.float32, torch.float32, averages=4),
         Plan("bf16_stochastic", torch.bfloat16, torch.bfloat16, stochastic=True),
+        Plan("swag", torch.float32, torch.float32, moments=True),
     )
 }
 
@@ -71,8 +83,11 @@ def update_bytes(model: nn.Module, plan: Plan) -> int:
         plan: the dtypes, and how many averages.
 
     Returns:
-        Read source, read and write each average for parameters; read and write for buffers, which are copied once.
+        Read source, read and write each average for parameters; read and write for buffers, which are copied once. Of
+        SWAG read source, read and write mean and variance, and write a deviation, for parameters alone.
     """
+    if plan.moments:
+        return sum(tensor.nbytes + 5 * tensor.numel() * plan.average.itemsize for tensor in model.parameters())
     written = plan.averages * plan.average.itemsize
     parameters = sum(tensor.nbytes + 2 * tensor.numel() * written for tensor in model.parameters())
     buffers = sum(
@@ -103,15 +118,21 @@ class Provider:
 
     Args:
         setup: prepares it for a model.
-        weights: of each average, those beyond the plan's number unused; none for the ceiling, which averages nothing.
+        exact: of each average, those beyond the plan's number unused; none for the ceiling, which averages nothing.
         ours: whether its result is fastswa's responsibility.
-        stochastic: whether its rounding is.
+        stochastic: whether its rounding is, of an EMA with `DECAY`.
+        buffers: what it does with them: one of the words above.
+        plans: of one average in which it can take part.
+        before: updates by the first model that `setup` makes.
     """
 
     setup: Callable[[nn.Module, Plan], Prepared]
-    weights: tuple[Weight, ...]
+    exact: tuple[Exact, ...]
     ours: bool = False
     stochastic: bool = False
+    buffers: str = COPIED
+    plans: tuple[str, ...] = ONE_AVERAGE
+    before: int = 0
 
 
 def held_by(module: nn.Module) -> Averages:
@@ -123,12 +144,24 @@ def held_by(module: nn.Module) -> Averages:
     return lambda: [dict([*module.named_parameters(), *module.named_buffers()])]
 
 
-def _swa(n: int) -> float:
-    return 1 / (n + 1)
+def averaged(weight: Weight) -> Exact:
+    """The average of models, the first of which is copied.
+
+    Args:
+        weight: of each other.
+    """
+
+    def exact(models: Sequence[float]) -> float:
+        value = models[0]
+        for n, model in enumerate(models[1:], 1):
+            value += weight(n) * (model - value)
+        return value
+
+    return exact
 
 
-def _ema(n: int) -> float:
-    return 1 - DECAY
+SWA = averaged(lambda n: 1 / (n + 1))
+EMA = averaged(lambda n: 1 - DECAY)
 
 
 def _torch_default(model: nn.Module, plan: Plan) -> Prepared:
@@ -166,15 +199,13 @@ def _fastswa_ema(model: nn.Module, plan: Plan) -> Prepared:
     return Prepared(partial(average.update_parameters, model), held_by(average.module))
 
 
-def ceiling(model: nn.Module, plan: Plan) -> Prepared:
-    """What the machine needs to move an update's bytes: `x.add_(y)` on a CPU, a copy on a GPU.
+def moving(size: int, device: torch.device) -> Prepared:
+    """What the machine needs to move bytes: `x.add_(y)` on a CPU, a copy on a GPU.
 
     Args:
-        model: the source of the averages.
-        plan: the dtypes, and how many averages.
+        size: in bytes.
+        device: whose memory is meant.
     """
-    size = update_bytes(model, plan)
-    device = next(model.parameters()).device
     if device.type == "cpu":
         # 12 bytes an element: x is read and written, y is read.
         added = min(size, ADD_LIMIT)
@@ -185,20 +216,26 @@ def ceiling(model: nn.Module, plan: Plan) -> Prepared:
     return Prepared(partial(target.copy_, source), None, copied / size)
 
 
+def ceiling(model: nn.Module, plan: Plan) -> Prepared:
+    """What the machine needs to move an update's bytes.
+
+    Args:
+        model: the source of the averages.
+        plan: the dtypes, and how many averages.
+    """
+    return moving(update_bytes(model, plan), next(model.parameters()).device)
+
+
 OURS = "fastswa AveragedModel"
 TORCH = "torch AveragedModel"
 CACHED = "cached _foreach_lerp_"
 CEILING = "ceiling"
 
 PROVIDERS: dict[str, Provider] = {
-    OURS: Provider(_fastswa, (_swa,), ours=True),
-    f"{OURS}, EMA": Provider(_fastswa_ema, (_ema,), ours=True),
-    TORCH: Provider(_torch_default, (_swa,)),
-    f"{TORCH}, get_ema_multi_avg_fn": Provider(_torch_ema_multi, (_ema,)),
-    CACHED: Provider(_cached_foreach, (_ema,)),
-    CEILING: Provider(ceiling, ()),
+    OURS: Provider(_fastswa, (SWA,), ours=True),
+    f"{OURS}, EMA": Provider(_fastswa_ema, (EMA,), ours=True),
+    TORCH: Provider(_torch_default, (SWA,)),
+    f"{TORCH}, get_ema_multi_avg_fn": Provider(_torch_ema_multi, (EMA,)),
+    CACHED: Provider(_cached_foreach, (EMA,)),
 }
-"""Of one average, by the names in the results; the others' times are compared with the first's.
-
-The ceiling is `x.add_(y)` on a CPU, a device-to-device copy on a GPU.
-"""
+"""Of one average, by the names in the results, with torch alone; benchmarks/registry.py has all."""

@@ -65,12 +65,18 @@ class Row(Environment):
         gb_per_second: bytes over the median time.
         share_of_ceiling: median over the rounds of the ceiling's time over this time.
         ratio_to_fastswa: median over the rounds of this time over fastswa's, the first of the plan's providers.
+        ratio_p20, ratio_p80: percentiles over the rounds of the same.
         host_us: median time until the call returns, with the GPU idle at its start.
         wall_us: median over the rounds of the mean time of calls in a row, the wait for the GPU included.
         wall_ratio_to_fastswa: this wall time over fastswa's.
         launches: kernels, copies and fills that one call starts on the GPU.
-        disturbed: of the nine rounds, how many were measured while other processes ran.
-        checked: "yes", or why there is no time: "wrong: ..." or "skipped: ...".
+        device_reads: numbers that the host reads from tensors in one call; on a GPU from those there, for which it
+            waits.
+        peak_extra_bytes: the most memory that one call holds at one time beyond what was allocated before it.
+        rounds: in which the providers took turns.
+        disturbed: of the rounds, how many were measured while other processes ran.
+        checked: "yes", where buffers are treated in another way than copied with that ("yes, parameters only"), or why
+            there is no time: "wrong: ..." or "skipped: ...".
     """
 
     case: str
@@ -86,10 +92,15 @@ class Row(Environment):
     gb_per_second: float | None
     share_of_ceiling: float | None
     ratio_to_fastswa: float | None
+    ratio_p20: float | None
+    ratio_p80: float | None
     host_us: float | None
     wall_us: float | None
     wall_ratio_to_fastswa: float | None
     launches: int | None
+    device_reads: int | None
+    peak_extra_bytes: int | None
+    rounds: int
     disturbed: int
     checked: str
 

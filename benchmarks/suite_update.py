@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.cases import CASES, Shapes
 from benchmarks.providers import PLANS
+from benchmarks.registry import providers_of
 from benchmarks.update import GPU_ONLY, plans
 from benchmarks.verify import verify
-from benchmarks.weight_averages import providers_of
 
 CPU = torch.device("cpu")
 COMPARISONS = [

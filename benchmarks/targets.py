@@ -9,8 +9,9 @@ from typing import Any
 from benchmarks.batch_norm import providers as batch_norm
 from benchmarks.judging import RATIO, Row, Target, Verdict, judge
 from benchmarks.pictures.measurements import NAMES
-from benchmarks.providers import CACHED, OURS, PROVIDERS, TORCH
-from benchmarks.weight_averages import PASSES, ROUNDED, SEVERAL, TIMM
+from benchmarks.providers import CACHED, OURS, PLANS, TORCH
+from benchmarks.registry import providers_of
+from benchmarks.weight_averages import PASSES, TIMM
 
 SMALL, LARGE = ("resnet20", "preresnet164"), ("resnet50", "vit_b", "gpt2")
 PRECISIONS = {"fp32": "float32", "mixed": "bfloat16 weights, float32 average"}
@@ -38,7 +39,8 @@ def _several(device: str, at_least: float) -> Target:
 
 
 def _reads(device: str) -> Iterator[Target]:
-    updates, passes = {**PROVIDERS, **SEVERAL, **ROUNDED}, batch_norm.PROVIDERS
+    updates = {name: own for plan in PLANS for name, own in providers_of(plan).items()}
+    passes = batch_norm.PROVIDERS
     for work, command, providers, column in (
         ("update, all of fastswa's", "update", updates, "device_reads"),
         ("update_bn, all of fastswa's", "update_bn", passes, "device_reads_per_batch"),

@@ -1,7 +1,7 @@
 """Times one update of the average for every way to make it, on the tensors of real models.
 
-A case runs in a process of its own, because the time of an update that allocates (torch's default on a CPU) depends on
-what the allocator has seen before (benchmarks/one_case.py).
+All cases share one process, in which much was allocated and freed before anything is timed, as in a process that trains
+(`one_case.settle_allocator`).
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
 from benchmarks import overlap, record
 from benchmarks.cases import CASES
-from benchmarks.one_case import check_case, measure_case
-from benchmarks.process import in_fresh_process
+from benchmarks.one_case import measure_case
 from benchmarks.providers import PLANS
 from benchmarks.record import Row
 from benchmarks.table import table
-from benchmarks.verify import YES
+from benchmarks.verify import right
 
 GPU_ONLY = "llama8b"
 AVERAGED = ("resnet50", "gpt2")
 """The cases of several averages, and on a GPU of stochastic rounding."""
 ROUNDED = "resnet20"
 """The case of stochastic rounding on a CPU, where torch's integer operations take a hundred times as long as a lerp."""
-SECONDS = {"cpu": 6.0, "cuda": 5.0}
+DEVIATING = ("preresnet164", "resnet50")
+"""The cases of SWAG; on a CPU the first, where a published update of ResNet-50's 20 deviations takes a second."""
+SECONDS = {"cpu": 5.0, "cuda": 5.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, help=f"default: all; {GPU_ONLY} on a GPU only")
     parser.add_argument("--plans", nargs="+", choices=PLANS, help="of dtypes and averages; default: those of each case")
     parser.add_argument("--output", type=Path, help="CSV file; default: benchmarks/results/<device>.csv")
-    parser.add_argument("--seconds-per-case", type=float, help="for each case and dtype plan; default: 6, on a GPU 5")
-    parser.add_argument(
-        "--settled-allocator",
-        action="store_true",
-        help="on a CPU: let the C library keep large blocks, the state in which updates that allocate are quickest",
-    )
+    parser.add_argument("--seconds-per-case", type=float, help="for each case and dtype plan; default: 5")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa gave a wrong result or a case's process died; 2 if the device can't do what was asked.
+        0; 1 if fastswa gave a wrong result; 2 if the device can't do what was asked.
     """
     device = torch.device(arguments.device)
     cases = arguments.cases or [case for case in CASES if device.type == "cuda" or case != GPU_ONLY]
@@ -72,34 +67,24 @@ def run(arguments: argparse.Namespace) -> int:
         command += f" --cases {' '.join(cases)}"
     if arguments.plans:
         command += f" --plans {' '.join(arguments.plans)}"
-    if arguments.settled_allocator:
-        command += " --settled-allocator"
 
+    path = arguments.output or record.default_path(device)
     rows: list[Row] = []
-    died = False
     for case in cases:
         for plan in arguments.plans or plans(device, case):
-            try:
-                # Not in the process that is timed: the check's float64 temporaries change what a CPU's allocator keeps,
-                # and with it the time of every update that allocates. On a GPU a second process costs seconds.
-                verdicts = in_fresh_process(check_case, case, plan, device) if device.type == "cpu" else None
-                measured = in_fresh_process(
-                    measure_case, case, plan, device, seconds, command, verdicts, arguments.settled_allocator
-                )
-            except BrokenProcessPool as error:
-                print(f"{case} {plan}: the process died (memory?): {error}", file=sys.stderr)
-                died = True
-                continue
+            measured = measure_case(case, plan, device, seconds, command)
             print(table(device, measured), flush=True)
             rows += measured
-    path = arguments.output or record.default_path(device)
-    record.write(path, rows)
+            # Each time, so that a process that dies of too little memory has left what it measured.
+            record.write(path, rows)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and row.checked != YES]
+    wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
     for row in wrong:
         print(f"{row.case} {row.plan}: {row.provider}: {row.checked}", file=sys.stderr)
     hidden = arguments.plans or overlap.CASE not in cases or overlap.run(device, command, arguments.output)
-    return int(died or bool(wrong) or not hidden)
+    return int(bool(wrong) or not hidden)
 
 
 def plans(device: torch.device, case: str) -> Sequence[str]:
@@ -116,9 +101,10 @@ def plans(device: torch.device, case: str) -> Sequence[str]:
         return ("bf16",)
     cuda = device.type == "cuda"
     chosen = ["fp32", "mixed", *(["bf16"] if cuda else [])]
-    # On a CPU the check and the memory of GPT-2's averages take most of a minute: once is enough.
     if case in AVERAGED:
         chosen += ["fp32_k2", "fp32_k4"] if cuda or case == AVERAGED[0] else ["fp32_k4"]
     if case in AVERAGED if cuda else case == ROUNDED:
         chosen.append("bf16_stochastic")
+    if case in (DEVIATING if cuda else DEVIATING[:1]):
+        chosen.append("swag")
     return chosen

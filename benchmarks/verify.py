@@ -12,30 +12,33 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import Plan, Prepared, Provider, Weight
+from benchmarks.providers import COPIED, DECAY, LEFT, NO_BUFFERS, TRUNCATED, Plan, Prepared, Provider
 from benchmarks.verify_rounding import Step
 
 YES = "yes"
 CEILING_NOTE = "averages nothing"
 UPDATES = 4
 FACTOR = -0.5
+COUNTED = 1000
+"""What every integer is counted up by, so that an average of integers can be told from a copy."""
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements compared at once, in float64: on a CPU few enough for its cache."""
 
 
-def tolerance(average: torch.dtype, stochastic: bool = False) -> float:
+def tolerance(average: torch.dtype, stochastic: bool = False, updates: int = UPDATES) -> float:
     """The allowed error, relative to the largest weight that an element has had.
 
     Args:
         average: dtype of the averages.
         stochastic: whether they are rounded to either neighbour.
+        updates: that an average took.
 
     Returns:
         For each update five roundings in float32 arithmetic (the averaging weight, and up to four operations in torch's
         form, on values up to twice the largest weight) and one at the store: half an ulp, or stochastic a whole one.
     """
     store = torch.finfo(average).eps * (1.0 if stochastic else 0.5)
-    return UPDATES * (5 * torch.finfo(torch.float32).eps + store)
+    return updates * (5 * torch.finfo(torch.float32).eps + store)
 
 
 def verify(
@@ -49,8 +52,9 @@ def verify(
         providers: by name.
 
     Returns:
-        The providers that may be timed, and a verdict for each: "yes", "wrong: ..." or "skipped: ..." (a peer that
-        refuses the model or its dtypes, in its own words).
+        The providers that may be timed, and a verdict for each: "yes", with what becomes of buffers where they are not
+        copied; "wrong: ..."; "skipped: ..." of a peer that is not installed, or that refuses the model or its dtypes,
+        in its own words.
     """
     prepared: dict[str, Prepared] = {}
     verdicts: dict[str, str] = {}
@@ -59,8 +63,7 @@ def verify(
         try:
             return action()
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            verdicts[name] = f"{'wrong: raised' if providers[name].ours else 'skipped:'} {reason[:200]}"
+            verdicts[name] = f"{'wrong: raised' if providers[name].ours else 'skipped:'} {_words(error)}"
             prepared.pop(name, None)
             return None
 
@@ -75,20 +78,35 @@ def verify(
         for name in list(prepared):
             averages = prepared[name].averages
             if update == UPDATES - 1 and providers[name].stochastic and averages is not None:
-                steps[name] = Step(averages, providers[name].weights[0](update))
+                steps[name] = Step(averages, 1 - DECAY)
             attempt(name, prepared[name].update)
     for name in list(prepared):
         verdicts[name] = _verdict(model, providers[name], prepared[name], plan)
         if verdicts[name] == YES and name in steps:
             verdicts[name] = steps[name].fault(model) or YES
-        if verdicts[name] not in (YES, CEILING_NOTE):
+        if not right(verdicts[name]):
             del prepared[name]
     return prepared, verdicts
 
 
+def right(verdict: str) -> bool:
+    """Whether what it is of may be timed.
+
+    Args:
+        verdict: as `verify` gives it.
+    """
+    return verdict == CEILING_NOTE or verdict.split(",")[0] == YES
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name.split('.')[0]} is not installed"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @torch.no_grad()
 def change(model: nn.Module) -> None:
-    """Multiply every weight by `FACTOR`, and count up every integer.
+    """Multiply every weight by `FACTOR`, and count up every integer by `COUNTED`.
 
     Args:
         model: to be changed.
@@ -97,27 +115,37 @@ def change(model: nn.Module) -> None:
         if tensor.is_floating_point():
             tensor.mul_(FACTOR)
         else:
-            tensor.add_(1)
+            tensor.add_(COUNTED)
 
 
 def _verdict(model: nn.Module, provider: Provider, prepared: Prepared, plan: Plan) -> str:
     if prepared.averages is None:
         return CEILING_NOTE
+    models = (*[1.0] * provider.before, *(FACTOR**n for n in range(UPDATES)))
     for index, average in enumerate(prepared.averages()):
-        fault = _fault(model, average, provider.weights[index], plan, provider.stochastic)
+        fault = _fault(model, average, provider, provider.exact[index](models), plan)
         if fault:
-            return f"wrong: {fault}" + (f", in average {index + 1}" if plan.averages > 1 else "")
-    return YES
+            return f"wrong: {fault}" + (f", in average {index + 1}" if len(provider.exact) > 1 else "")
+    return YES if provider.buffers == COPIED else f"{YES}, {provider.buffers}"
 
 
 def _fault(
-    model: nn.Module, averages: Mapping[str, Tensor], weight: Weight, plan: Plan, stochastic: bool
+    model: nn.Module, averages: Mapping[str, Tensor], provider: Provider, exact: float, plan: Plan
 ) -> str | None:
-    exact = 1.0
-    for n in range(1, UPDATES):
-        exact += weight(n) * (FACTOR**n - exact)
-    allowed = tolerance(plan.average, stochastic)
-    for name, source in model.named_parameters():
+    allowed = tolerance(plan.average, provider.stochastic, provider.before + UPDATES)
+    compared = dict(model.named_parameters())
+    for name, source in model.named_buffers():
+        if provider.buffers == NO_BUFFERS:
+            continue
+        if provider.buffers != COPIED and source.is_floating_point():
+            compared[name] = source
+        elif provider.buffers in (LEFT, TRUNCATED) and not source.is_floating_point():
+            fault = _integer_fault(averages[name], source, provider)
+            if fault:
+                return f"buffer {name} {fault}"
+        elif not torch.equal(averages[name], source.to(averages[name].dtype)):
+            return f"buffer {name} differs from the model's"
+    for name, source in compared.items():
         average = averages[name].detach()
         if average.dtype != plan.average:
             return f"{name} is {average.dtype}"
@@ -125,9 +153,17 @@ def _fault(
         # Negated, so that NaN is wrong too.
         if not error <= allowed:
             return f"{name} is off by {error:.2g} of the weight, {allowed:.2g} allowed"
-    for name, source in model.named_buffers():
-        if not torch.equal(averages[name], source.to(averages[name].dtype)):
-            return f"buffer {name} differs from the model's"
+    return None
+
+
+def _integer_fault(average: Tensor, source: Tensor, provider: Provider) -> str | None:
+    start = source - COUNTED * (UPDATES - 1)
+    if provider.buffers == LEFT:
+        return None if torch.equal(average, start) else f"is {average.tolist()}, {start.tolist()} at the start"
+    exact = start + provider.exact[0]([COUNTED * n for n in range(UPDATES)])
+    # Each update cuts off less than one, of which the next ones keep a part.
+    if not bool(((average <= exact + 1) & (average > exact - UPDATES)).all()):
+        return f"is {average.tolist()}, {exact.tolist()} before anything is cut off"
     return None
 
 

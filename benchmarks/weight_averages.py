@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 import fastswa
-from benchmarks.providers import CEILING, DECAY, PLANS, PROVIDERS, Averages, Plan, Prepared, Provider, ceiling, held_by
+from benchmarks import torchvision_operators
+from benchmarks.providers import CEILING, DECAY, Averages, Plan, Prepared, Provider, averaged, ceiling, held_by
 
 DECAYS = (DECAY, 0.8, 0.7, 0.6)
 """Of several averages: different ones, so that the check notices averages that took each other's weights."""
@@ -28,7 +25,7 @@ def _constant(n: int, decay: float) -> float:
     return 1 - decay
 
 
-EMA_WEIGHTS = tuple(partial(_constant, decay=decay) for decay in DECAYS)
+EMAS = tuple(averaged(partial(_constant, decay=decay)) for decay in DECAYS)
 
 
 def _kept(*all_averages: fastswa.WeightAverages) -> Averages:
@@ -84,25 +81,11 @@ def _rounded(rounding: str, model: nn.Module, plan: Plan) -> Prepared:
 
 def _timm(model: nn.Module, plan: Plan) -> Prepared:
     """timm's buffers are copied, as ours are; by default it averages them."""
-    average = _timm_module().ModelEmaV3(deepcopy(model), DECAY, stochastic_rounding=True, exclude_buffers=True)
+    torchvision_operators.declare()
+    from timm.utils import ModelEmaV3
+
+    average = ModelEmaV3(deepcopy(model), DECAY, stochastic_rounding=True, exclude_buffers=True)
     return Prepared(partial(average.update, model), held_by(average.module))
-
-
-def _timm_module() -> ModuleType:
-    """timm's module of averages by itself: the whole of timm asks for a torchvision built with this very torch."""
-    name = "timm.utils.model_ema"
-    if name in sys.modules:
-        return sys.modules[name]
-    package = find_spec("timm")
-    if package is None or package.submodule_search_locations is None:
-        raise ModuleNotFoundError("timm is not installed")
-    path = Path(next(iter(package.submodule_search_locations)), "utils", "model_ema.py")
-    spec = spec_from_file_location("timm_model_ema", path)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"timm has no {path}")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 ONE_PASS = "fastswa WeightAverages, one pass"
@@ -113,31 +96,17 @@ NEAREST = "fastswa WeightAverages, nearest"
 TIMM = "timm ModelEmaV3, stochastic"
 
 SEVERAL: dict[str, Provider] = {
-    ONE_PASS: Provider(_one_pass, EMA_WEIGHTS, ours=True),
-    PASSES: Provider(_passes, EMA_WEIGHTS, ours=True),
-    LISTS: Provider(_lists, EMA_WEIGHTS),
+    ONE_PASS: Provider(_one_pass, EMAS, ours=True),
+    PASSES: Provider(_passes, EMAS, ours=True),
+    LISTS: Provider(_lists, EMAS),
     CEILING: Provider(ceiling, ()),
 }
 """Of the plans with several averages."""
 
 ROUNDED: dict[str, Provider] = {
-    STOCHASTIC: Provider(partial(_rounded, "stochastic"), EMA_WEIGHTS, ours=True, stochastic=True),
-    NEAREST: Provider(partial(_rounded, "nearest"), EMA_WEIGHTS, ours=True),
-    TIMM: Provider(_timm, EMA_WEIGHTS, stochastic=True),
+    STOCHASTIC: Provider(partial(_rounded, "stochastic"), EMAS, ours=True, stochastic=True),
+    NEAREST: Provider(partial(_rounded, "nearest"), EMAS, ours=True),
+    TIMM: Provider(_timm, EMAS, stochastic=True),
     CEILING: Provider(ceiling, ()),
 }
 """Of the plan of stochastic rounding."""
-
-
-def providers_of(plan: str) -> Mapping[str, Provider]:
-    """What is timed in a plan.
-
-    Args:
-        plan: a key of `PLANS`.
-
-    Returns:
-        Providers by name; the others' times are compared with the first's.
-    """
-    if PLANS[plan].averages > 1:
-        return SEVERAL
-    return ROUNDED if PLANS[plan].stochastic else PROVIDERS

@@ -13,13 +13,18 @@ from benchmarks.providers import Prepared
 PREFIX = "model."
 
 
-def _prepared(make: Callable[..., Any], model: nn.Module, averages: Callable[[Any], Mapping[str, Tensor]]) -> Prepared:
+def _prepared(
+    make: Callable[..., Any],
+    model: nn.Module,
+    averages: Callable[[Any], Mapping[str, Tensor]],
+    decay: float = 0.999,
+) -> Prepared:
     from lightning.pytorch import LightningModule
 
     module = LightningModule()
     module.model = model
     module.to(next(model.parameters()).device)
-    callback = make(decay=0.999)
+    callback = make(decay=decay)
     trainer = SimpleNamespace(global_step=0)
     callback.setup(trainer, module, "fit")
     callback.on_fit_start(trainer, module)
@@ -34,11 +39,11 @@ def _prepared(make: Callable[..., Any], model: nn.Module, averages: Callable[[An
     return Prepared(update, by_own_names)
 
 
-def original(model: nn.Module) -> Prepared:
-    """The library's own update of an average of the model."""
+def original(model: nn.Module, decay: float = 0.999) -> Prepared:
+    """The library's own update of an average of the model, with other options than `ours` where any are given."""
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    return _prepared(EMAWeightAveraging, model, lambda callback: callback._average_model.module.state_dict())
+    return _prepared(EMAWeightAveraging, model, lambda callback: callback._average_model.module.state_dict(), decay)
 
 
 def ours(model: nn.Module) -> Prepared:

@@ -10,18 +10,18 @@ from torch import nn
 from benchmarks.providers import Prepared, held_by
 
 
-def _prepared(each: Any, model: nn.Module) -> Prepared:
-    average = each(model, decay=0.9998)
+def _prepared(each: Any, model: nn.Module, decay: float = 0.9998, **options: Any) -> Prepared:
+    average = each(model, decay=decay, **options)
     # From the second step on the decay is constant.
     steps = count(2)
     return Prepared(lambda: average.update(model, step=next(steps)), held_by(average.module))
 
 
-def original(model: nn.Module) -> Prepared:
-    """The library's own update of an average of the model."""
+def original(model: nn.Module, **options: Any) -> Prepared:
+    """The library's own update of an average of the model, with other options than `ours` where any are given."""
     from timm.utils import ModelEmaV3
 
-    return _prepared(ModelEmaV3, model)
+    return _prepared(ModelEmaV3, model, **options)
 
 
 def ours(model: nn.Module) -> Prepared:

@@ -10,16 +10,16 @@ from torch import nn
 from benchmarks.providers import Prepared, held_by
 
 
-def _prepared(each: Any, model: nn.Module) -> Prepared:
-    average = each(model)
+def _prepared(each: Any, model: nn.Module, **options: Any) -> Prepared:
+    average = each(model, **options)
     return Prepared(partial(average.update, model), held_by(average.ema))
 
 
-def original(model: nn.Module) -> Prepared:
-    """The library's own update of an average of the model."""
+def original(model: nn.Module, **options: Any) -> Prepared:
+    """The library's own update of an average of the model, with other options than `ours` where any are given."""
     from ultralytics.utils.torch_utils import ModelEMA
 
-    return _prepared(ModelEMA, model)
+    return _prepared(ModelEMA, model, **options)
 
 
 def ours(model: nn.Module) -> Prepared:

@@ -26,7 +26,7 @@ def draw(results: Path) -> Figure:
     rows = [row for row in read(results / FILES[0], COLUMNS) if row["plan"] in PLANS]
     shown = providers(rows, PLANS)
     networks = len({row["case"] for row in rows})
-    figure = card(11, 2.5 + networks * (0.3 + 0.2 * len(shown)), [origin(rows)])
+    figure = card(11, 2.5 + networks * (0.3 + 0.17 * len(shown)), [origin(rows)])
     for axes, (plan, weights) in zip(figure.subplots(1, len(PLANS), sharex=True), PLANS.items(), strict=True):
         shares(axes, rows, plan, shown)
         to_the_ceiling(axes)

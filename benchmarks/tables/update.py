@@ -49,7 +49,7 @@ def _on(device: str, rows: Sequence[Measurement], source: str) -> str:
             lines.append(
                 (
                     *(name, _time(found[OURS]), _time(found.get(TORCH))),
-                    f"{_time(other)}, {other['provider']}" if other else "none can",
+                    f"{_time(other)}, {_named(other)}" if other else "none can",
                     *(_ratio(found.get(TORCH)), _ratio(other)),
                 )
             )
@@ -75,6 +75,12 @@ def _quickest(found: dict[str, Measurement]) -> Measurement | None:
     others = [row for name, row in found.items() if name not in (TORCH, CEILING) and not name.startswith("fastswa ")]
     timed = [row for row in others if number(row, _column(row)) is not None]
     return min(timed, key=lambda row: number(row, _column(row)) or 0, default=None)
+
+
+def _named(row: Measurement) -> str:
+    """A provider, and what it does otherwise than fastswa with the buffers."""
+    _, _, otherwise = row["checked"].partition(", ")
+    return row["provider"] + (f" ({otherwise})" if otherwise and int(row["buffers"]) else "")
 
 
 def _column(row: Measurement) -> str:
