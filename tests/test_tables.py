@@ -6,6 +6,8 @@ import doctest
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.providers import CACHED, OURS, TORCH
 from benchmarks.tables import blocks, markdown, results
 from benchmarks.tables.files import gpus, load, rows_of, verdicts
@@ -88,6 +90,15 @@ def test_without_files_nothing_is_claimed(tmp_path: Path) -> None:
     assert (
         "met" not in page.split("## Targets")[1].replace("not measured yet", "").replace("Where a target", "").split()
     )
+
+
+def test_a_file_without_rows_is_no_measurement(tmp_path: Path) -> None:
+    write(tmp_path / "cpu.csv", "update", [update("resnet50", OURS, "100", "1")])
+    (tmp_path / "integrations-cpu.csv").write_text("timestamp,device\n")
+    assert [file.path.name for file in load(tmp_path)] == ["cpu.csv"]
+    (tmp_path / "integrations-cpu.csv").write_text("timestamp,device\n2026,cpu\n")
+    with pytest.raises(ValueError, match=r"integrations-cpu\.csv has no column 'cpu', "):
+        load(tmp_path)
 
 
 def test_sentences(tmp_path: Path) -> None:
