@@ -13,6 +13,7 @@ COMMANDS = {
     "methods": "compare SGD, SWA with a constant and a cyclical rate, EMA and SWAG on digits, over seeds",
     "plane": "draw the SWA paper's figure for digits: the loss on the plane of three models that SWA averages",
     "update": "time one update of the average against torch's, and against the machine's bandwidth",
+    "swap": "time evaluating with the average, there and back, against the other libraries",
     "update_bn": "time a recomputation of BatchNorm statistics against torch's and fvcore's, on whole networks",
     "integrations": "time one update in each library that averages weights: its own, and fastswa's in its place",
     "import_time": "time `import fastswa` beside `import torch`",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 
 import torch
 
@@ -46,7 +47,7 @@ def measure_case(case: str, plan: str, device: torch.device, seconds: float, com
             times[name] = times[name].scaled(1 / ready.part)
     rows = []
     for name in providers:
-        values = dict.fromkeys(MEASURED) | _values(times, name, ours, size)
+        values = dict.fromkeys(MEASURED) | figures(times, name, ours, size)
         if name in prepared:
             values |= _counts(prepared[name], device)
         rows.append(
@@ -85,7 +86,18 @@ def settle_allocator() -> None:
     torch.zeros(30 << 18).add_(1)
 
 
-def _values(times: dict[str, Times], name: str, ours: str, size: int) -> dict[str, float]:
+def figures(times: Mapping[str, Times], name: str, ours: str, size: int) -> dict[str, float]:
+    """Percentiles, speed and ratios of one provider.
+
+    Args:
+        times: of all that were timed, the ceiling among them.
+        name: of the provider.
+        ours: the one that the others are compared with.
+        size: bytes that a call has to move.
+
+    Returns:
+        By the columns of a row; empty for one that was not timed.
+    """
     if name not in times:
         return {}
     own = times[name]

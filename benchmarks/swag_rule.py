@@ -23,7 +23,7 @@ def _filled(collect: Callable[[], object], averages: Averages) -> Prepared:
 
 
 def _signed(variance: Tensor, weight: Tensor) -> Tensor:
-    """A standard deviation with the sign of the weight, of which it is then one multiple for all elements."""
+    """A standard deviation with the sign of the present weight, so that it is one multiple of all weights."""
     return variance.sqrt().copysign(weight.detach())
 
 
@@ -71,8 +71,9 @@ def _mean(models: Sequence[float]) -> float:
 
 
 def _standard_deviation(models: Sequence[float]) -> float:
+    """With the sign of the last model, as `_signed` gives it."""
     mean = _mean(models)
-    return math.sqrt(_mean([(model - mean) ** 2 for model in models]))
+    return math.copysign(math.sqrt(_mean([(model - mean) ** 2 for model in models])), models[-1])
 
 
 def _deviation(models: Sequence[float], row: int) -> float:

@@ -63,7 +63,7 @@ def verify(
         try:
             return action()
         except Exception as error:
-            verdicts[name] = f"{'wrong: raised' if providers[name].ours else 'skipped:'} {_words(error)}"
+            verdicts[name] = refusal(error, providers[name].ours)
             prepared.pop(name, None)
             return None
 
@@ -98,10 +98,17 @@ def right(verdict: str) -> bool:
     return verdict == CEILING_NOTE or verdict.split(",")[0] == YES
 
 
-def _words(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name.split('.')[0]} is not installed"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def refusal(error: Exception, ours: bool) -> str:
+    """The verdict on a provider that raised.
+
+    Args:
+        error: that it raised.
+        ours: whether it is fastswa.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name and not ours:
+        return f"skipped: {error.name.split('.')[0]} is not installed"
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"wrong: raised {words}" if ours else f"skipped: {words}"
 
 
 @torch.no_grad()
