@@ -119,8 +119,8 @@ def test_sentences(tmp_path: Path) -> None:
     ]
     write(tmp_path / "step-cpu.csv", "step", steps)
     assert " ".join(made(tmp_path, "step").split()).startswith(
-        "Of a training step of digits (19.0 ms), averaging takes 2.13 % with fastswa AveragedModel and 10.5 % with "
-        "torch AveragedModel. 2 threads"
+        "Of a training step of the demo's network (19.0 ms without it), averaging takes 2.13 % with fastswa "
+        "AveragedModel and 10.5 % with torch AveragedModel. 2 threads"
     )
 
 
