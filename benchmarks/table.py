@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
 from benchmarks.providers import PLANS
 from benchmarks.record import Row
-from benchmarks.targets import judge
+from benchmarks.targets import judged
 
 
 def table(device: torch.device, rows: Sequence[Row]) -> str:
@@ -48,7 +49,7 @@ def table(device: torch.device, rows: Sequence[Row]) -> str:
         lines.append(
             f"other processes disturbed {first.disturbed} of {first.rounds} rounds: repeat it on a quiet machine"
         )
-    lines += judge(device.type, first.case, first.plan, {row.provider: row for row in rows})
+    lines += [verdict.line() for verdict in judged(device.type, "update", [asdict(row) for row in rows])]
     return "\n".join(lines)
 
 

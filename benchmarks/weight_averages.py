@@ -13,7 +13,7 @@ import fastswa
 from benchmarks import torchvision_operators
 from benchmarks.providers import CEILING, DECAY, Averages, Plan, Prepared, Provider, averaged, ceiling, held_by
 
-DECAYS = (DECAY, 0.8, 0.7, 0.6)
+DECAYS = (DECAY, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Of several averages: different ones, so that the check notices averages that took each other's weights."""
 
 

@@ -20,12 +20,10 @@ from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Shapes
 from benchmarks.disturbance import LIMIT, Disturbance
 from benchmarks.measure import FEWEST_ROUNDS, ROUNDS, Times, ratio, ratio_percentiles
-from benchmarks.one_case import measure_case
 from benchmarks.peers import PEERS
 from benchmarks.providers import CACHED, CEILING, OURS, PLANS, PROVIDERS, TORCH, Plan, Prepared
 from benchmarks.record import HEADINGS
 from benchmarks.registry import providers_of
-from benchmarks.targets import judge
 from benchmarks.verify import verify
 from benchmarks.wheel import faults
 
@@ -291,14 +289,6 @@ def test_other_processes_are_noticed(monkeypatch: pytest.MonkeyPatch, others: fl
     monkeypatch.setattr(disturbance, "_busy_seconds", lambda: next(taken) + time.process_time())
     monkeypatch.setattr(disturbance.time, "perf_counter", itertools.count(0, 100).__next__)
     assert (Disturbance().share() > LIMIT) == expected
-
-
-def test_targets_are_judged_from_the_measurements() -> None:
-    rows = {row.provider: row for row in measure_case("resnet20", "fp32", torch.device("cpu"), 0.01, "")}
-    (line,) = [line for line in judge("cpu", "resnet20", "fp32", rows) if "cached" in line]
-    value = rows[CACHED].ratio_to_fastswa
-    assert value is not None
-    assert line.startswith("met: " if value >= 1 else "NOT MET: ")
 
 
 def test_a_wheel_with_strange_contents_is_refused() -> None:

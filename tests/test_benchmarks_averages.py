@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,13 +24,11 @@ from benchmarks.overlap import BESIDE, OFFLOADED, VARIANTS, measure_steps
 from benchmarks.providers import CEILING, PLANS, Plan, Prepared
 from benchmarks.registry import providers_of
 from benchmarks.swag_rule import OUR_SWAG, PUBLISHED, SWAGS
-from benchmarks.targets import judge
 from benchmarks.verify import CEILING_NOTE, YES, right, verify
 from benchmarks.weight_averages import (
     LISTS,
     NEAREST,
     ONE_PASS,
-    PASSES,
     ROUNDED,
     SEVERAL,
     STOCHASTIC,
@@ -201,23 +198,6 @@ def test_a_timm_without_stochastic_rounding_is_skipped_by_name(monkeypatch: pyte
     assert not prepared
     assert verdicts[TIMM].startswith("skipped: TypeError: ")
     assert "stochastic_rounding" in verdicts[TIMM]
-
-
-@pytest.mark.parametrize(
-    ("device", "plan", "name", "bound"),
-    [
-        ("cpu", "fp32_k4", PASSES, 1.2),
-        ("cuda", "fp32_k4", PASSES, 1.25),
-        ("cuda", "bf16_stochastic", TIMM, 5.0),
-    ],
-)
-def test_targets_are_judged(device: str, plan: str, name: str, bound: float) -> None:
-    for case, (ratio, words) in product(
-        ("resnet50", "gpt2"), ((bound, "met: "), (0.99 * bound, "NOT MET: "), (None, "not measured: "))
-    ):
-        (line,) = judge(device, case, plan, {name: SimpleNamespace(ratio_to_fastswa=ratio)})
-        assert line.startswith(words)
-    assert not list(judge("cpu", "gpt2", "bf16_stochastic", {}))
 
 
 def test_the_plans_hold_what_the_targets_ask() -> None:

@@ -24,12 +24,10 @@ from benchmarks.batch_norm import counts
 from benchmarks.batch_norm.cases import CASES, Case, prepare
 from benchmarks.batch_norm.one_case import Row
 from benchmarks.batch_norm.providers import FVCORE, MERGE, OURS, POPULATION, PROVIDERS, TORCH, Provider
-from benchmarks.batch_norm.targets import TARGETS
 from benchmarks.batch_norm.verify import verify
 from benchmarks.cases import CASES as SHAPES
 from benchmarks.networks import MLP, PreResNet164, ResNet50
 from benchmarks.record import HEADINGS
-from benchmarks.targets import judge
 
 CPU = torch.device("cpu")
 TINY = Case(partial(MLP, inputs=6, width=4, depth=2), (8, 6), {"cpu": 3, "cuda": 3})
@@ -79,7 +77,7 @@ def test_networks_are_the_published_ones(
 
 
 def test_the_stages_have_the_published_resolutions() -> None:
-    sizes: dict[str, list[int]] = {"preresnet164": [], "resnet50_batch32": []}
+    sizes: dict[str, list[int]] = {"preresnet164": [], "resnet50_batch8": []}
     for name, seen in sizes.items():
         case = CASES[name]
         model = case.network().eval()
@@ -87,7 +85,7 @@ def test_the_stages_have_the_published_resolutions() -> None:
             stage.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.shape[-1]))
         with torch.no_grad():
             model(torch.randn(1, *case.shape[1:]))
-    assert sizes == {"preresnet164": [32, 16, 8], "resnet50_batch32": [56, 28, 14, 7]}
+    assert sizes == {"preresnet164": [32, 16, 8], "resnet50_batch8": [56, 28, 14, 7]}
 
 
 def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +108,8 @@ def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytes
             continue
         assert row["checked"] == "yes"
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
-        assert float(row[HEADINGS["ratio_to_fastswa"]]) > 0
+        ratio = float(row[HEADINGS["ratio_to_fastswa"]])
+        assert 0 < float(row["ratio_p20"]) <= ratio <= float(row["ratio_p80"])
         assert not row["launches_per_batch"]
     # One read of each of the two layers' counters: torch's are the model's own, ours are the pass's, on the host.
     reads = {row["provider"]: (row["device_reads_per_batch"], row["host_reads_per_batch"]) for row in rows}
@@ -122,7 +121,7 @@ def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytes
     )
     printed = capsys.readouterr().out
     assert all(name in printed for name in PROVIDERS)
-    assert "of torch update_bn's median time, asked <= 1.03" in printed
+    assert "times as fast as torch update_bn, asked >= 1" in printed
     assert "met: 0 device reads per batch, asked <= 0" in printed
 
 
@@ -237,32 +236,13 @@ def test_reads_of_a_device_are_told_from_others() -> None:
     assert counts.reads(Provider(reads_thrice), workload) == (2, 1)
 
 
-def test_targets_bind_the_cases_they_name() -> None:
-    def row(provider: str, **values: Any) -> Row:
-        return Row(**{**{column.name: None for column in fields(Row)}, "provider": provider, **values})
-
-    def lines(device: str, case: str, ours: Row, torch: Row) -> list[str]:
-        return list(judge(device, case, "fp32", {OURS: ours, TORCH: torch}, TARGETS))
-
-    slower = row(OURS, p50_ms=10.5, device_reads_per_batch=0.0), row(TORCH, p50_ms=10.0)
-    assert lines("cpu", "mlp", *slower) == [
-        "NOT MET: 1.05 of torch update_bn's median time, asked <= 1.03",
-        "met: 0 device reads per batch, asked <= 0",
-    ]
-    quick = row(OURS, device_reads_per_batch=0.5), row(TORCH, ratio_to_fastswa=1.4)
-    assert lines("cuda", "preresnet164", *quick)[0] == "NOT MET: 1.4 times as fast as torch update_bn, asked >= 1.5"
-    assert lines("cuda", "resnet50_batch256", *quick)[0] == "met: 1.4 times as fast as torch update_bn, asked >= 1.1"
-    assert lines("cuda", "mlp", *quick) == ["NOT MET: 0.5 device reads per batch, asked <= 0"]
-    assert lines("cpu", "mlp", row(OURS), row(TORCH))[0].startswith("not measured: ")
-
-
 def test_what_is_measured_where() -> None:
     def chosen(device: str, **options: Any) -> list[tuple[str, str, str]]:
         return update_bn.comparisons(
             Namespace(device=device, **{"cases": None, "precisions": None, "batches_from": None, **options})
         )
 
-    assert chosen("cpu") == [(case, "fp32", "device") for case in ("mlp", "preresnet164", "resnet50_batch32")]
+    assert chosen("cpu") == [(case, "fp32", "device") for case in ("mlp", "preresnet164", "resnet50_batch8")]
     assert len(chosen("cuda")) == 9
     assert chosen("cuda")[-1] == ("resnet50_batch256", "bf16_autocast", "host")
     assert chosen("cpu", cases=["resnet50_batch256"], precisions=["bf16_autocast"], batches_from=["host"]) == [

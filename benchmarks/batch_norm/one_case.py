@@ -13,7 +13,7 @@ from benchmarks.batch_norm.cases import prepare
 from benchmarks.batch_norm.providers import OURS
 from benchmarks.batch_norm.verify import YES, verify
 from benchmarks.clocks import PassClock
-from benchmarks.measure import ROUNDS, Times, measure, ratio
+from benchmarks.measure import ROUNDS, Times, measure, ratio, ratio_percentiles
 
 FEWEST_ROUNDS = 3
 MOST_PASSES = 5
@@ -37,6 +37,7 @@ class Row(record.Environment):
         p20_ms, p50_ms, p80_ms: percentiles over all passes of the time of a pass, shared among its batches; on a GPU
             until its work is done.
         ratio_to_fastswa: median over the rounds of this time over that of fastswa's default.
+        ratio_p20, ratio_p80: percentiles over the rounds of the same.
         device_reads_per_batch: numbers for which the host waits for the device; on a CPU those for which it would
             (`counts.ReadCounter`).
         host_reads_per_batch: numbers read without a wait.
@@ -59,6 +60,8 @@ class Row(record.Environment):
     p50_ms: float | None
     p80_ms: float | None
     ratio_to_fastswa: float | None
+    ratio_p20: float | None
+    ratio_p80: float | None
     device_reads_per_batch: float | None
     host_reads_per_batch: float | None
     launches_per_batch: float | None
@@ -121,7 +124,7 @@ def measure_case(
 
 
 MEASURED = (
-    *("p20_ms", "p50_ms", "p80_ms", "ratio_to_fastswa"),
+    *("p20_ms", "p50_ms", "p80_ms", "ratio_to_fastswa", "ratio_p20", "ratio_p80"),
     *("device_reads_per_batch", "host_reads_per_batch", "launches_per_batch"),
 )
 
@@ -132,6 +135,7 @@ def _times(times: dict[str, Times], name: str, batches: int) -> dict[str, float]
     values = {f"p{percent}_ms": times[name].percentile(percent) / 1e3 / batches for percent in (20, 50, 80)}
     if OURS in times:
         values["ratio_to_fastswa"] = ratio(times[name], times[OURS])
+        values["ratio_p20"], values["ratio_p80"] = ratio_percentiles(times[name], times[OURS])
     return values
 
 

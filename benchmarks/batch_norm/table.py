@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
 from benchmarks.batch_norm.one_case import Row
-from benchmarks.batch_norm.targets import TARGETS
 from benchmarks.table import short
-from benchmarks.targets import judge
+from benchmarks.targets import judged
 
 
 def table(device: torch.device, rows: Sequence[Row]) -> str:
@@ -46,5 +46,5 @@ def table(device: torch.device, rows: Sequence[Row]) -> str:
         lines.append(
             f"other processes disturbed {first.disturbed} of {first.rounds} rounds: repeat it on a quiet machine"
         )
-    lines += judge(device.type, first.case, first.precision, {row.provider: row for row in rows}, TARGETS)
+    lines += [verdict.line() for verdict in judged(device.type, "update_bn", [asdict(row) for row in rows])]
     return "\n".join(lines)

@@ -12,7 +12,10 @@ from matplotlib.patches import Patch
 SHADES = {
     "fastswa": ("#0b4f8a", "#4a93d1", "#a3cdf0"),
     "torch": ("#b93a0a", "#f2a56b"),
-    "": ("#4b5563", "#9ca3af", "#d1d5db"),
+    "": (
+        *("#4b5563", "#9ca3af", "#d1d5db", "#14532d", "#3f9a5b", "#a9dcb7", "#581c87", "#9a5fc9", "#d6bcf0"),
+        *("#713f12", "#b98a2f", "#ead9a0"),
+    ),
 }
 """By the first word of a provider's name, the last for all others; told apart by lightness too."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import ROUNDS
 from benchmarks.record import HEADINGS
@@ -13,6 +14,7 @@ Measurement = dict[str, str]
 """A row by the names of its columns, as they are before `record.HEADINGS` explains them."""
 
 NAMES = {
+    "digits": "the demo's network",
     "mlp": "MLP",
     "resnet20": "ResNet-20",
     "preresnet164": "PreResNet-164",
@@ -47,14 +49,15 @@ def read(path: Path, columns: Iterable[str]) -> list[Measurement]:
     return rows
 
 
-def number(row: Measurement, column: str) -> float | None:
-    """A value, or None where nothing was measured.
+def number(row: Mapping[str, Any], column: str) -> float | None:
+    """A value, or None where nothing was measured or there is no such column.
 
     Args:
-        row: of a file.
+        row: of a file, or the values of one.
         column: of the row.
     """
-    return float(row[column]) if row[column] else None
+    value = row.get(column)
+    return None if value is None or value == "" else float(value)
 
 
 def origin(rows: Sequence[Measurement]) -> str:
@@ -80,9 +83,9 @@ def disturbed(rows: Iterable[Measurement]) -> bool:
     """Whether other processes ran in more than half of the rounds of any row.
 
     Args:
-        rows: with the column "disturbed".
+        rows: with the column "disturbed", and "rounds" where they were not all of `ROUNDS`.
     """
-    return any(2 * int(row["disturbed"]) > ROUNDS for row in rows)
+    return any(2 * int(row["disturbed"]) > int(row.get("rounds") or ROUNDS) for row in rows)
 
 
 def milliseconds(time: float) -> str:

@@ -10,7 +10,7 @@ from benchmarks.pictures.bars import card, legend
 from benchmarks.pictures.measurements import disturbed, origin, read
 from benchmarks.pictures.shares import COLUMNS, providers, shares, to_the_ceiling
 
-FILES = ("cpu-several-averages.csv",)
+FILES = ("cpu.csv",)
 AVERAGES = {"fp32_k2": "two float32 averages", "fp32_k4": "four float32 averages"}
 ROUNDED = {"bf16_stochastic": "bfloat16 weights and average"}
 
@@ -24,8 +24,8 @@ def draw(results: Path) -> Figure:
     Raises:
         ValueError: the file lacks a column.
     """
-    rows = read(results / FILES[0], COLUMNS)
-    figure = card(11, 9.5, [origin(rows)])
+    rows = [row for row in read(results / FILES[0], COLUMNS) if row["plan"] in {**AVERAGES, **ROUNDED}]
+    figure = card(11, 6, [origin(rows)])
     # A part each, because they compare different providers.
     upper, lower = figure.subfigures(2, height_ratios=(1.2, 1))
     parts = [
@@ -34,7 +34,7 @@ def draw(results: Path) -> Figure:
     ]
     for part, plans, title in parts:
         shown = providers(rows, plans)
-        all_axes = part.subplots(1, len(plans), squeeze=False, sharey=True)[0]
+        all_axes = part.subplots(1, len(plans), squeeze=False)[0]
         for axes, (plan, weights) in zip(all_axes, plans.items(), strict=True):
             shares(axes, rows, plan, shown)
             axes.set_title(weights, fontsize=10, loc="left")

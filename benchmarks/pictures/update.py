@@ -1,4 +1,4 @@
-"""One update of one average, by network and provider: fresh processes beside a settled allocator."""
+"""One update of one average, by network and provider."""
 
 from __future__ import annotations
 
@@ -10,33 +10,28 @@ from benchmarks.pictures.bars import card, legend
 from benchmarks.pictures.measurements import disturbed, origin, read
 from benchmarks.pictures.shares import COLUMNS, providers, shares, to_the_ceiling
 
-FILES = ("cpu-settled-allocator.csv", "cpu.csv")
-PROCESSES = ("allocator settled, as after training", "fresh process")
-"""In which each file was measured."""
-
+FILES = ("cpu.csv",)
 PLANS = {"fp32": "float32 weights and average", "mixed": "bfloat16 weights, float32 average"}
 
 
 def draw(results: Path) -> Figure:
-    """Draw the two files side by side.
+    """Draw the plans of the file side by side.
 
     Args:
-        results: folder of the files.
+        results: folder of the file.
 
     Raises:
-        ValueError: a file lacks a column.
+        ValueError: the file lacks a column.
     """
-    files = {process: read(results / file, COLUMNS) for process, file in zip(PROCESSES, FILES, strict=True)}
-    figure = card(11, 12.5, [origin(rows) for rows in files.values()])
-    shown = providers([row for rows in files.values() for row in rows], PLANS)
-    all_axes = figure.subplots(len(PLANS), len(files), sharex=True, sharey="row")
-    for line, (plan, weights) in zip(all_axes, PLANS.items(), strict=True):
-        for axes, (process, rows) in zip(line, files.items(), strict=True):
-            shares(axes, rows, plan, shown)
-            to_the_ceiling(axes)
-            axes.set_title(f"{weights}\n{process}", fontsize=10, loc="left")
-    for axes in all_axes[-1]:
+    rows = [row for row in read(results / FILES[0], COLUMNS) if row["plan"] in PLANS]
+    shown = providers(rows, PLANS)
+    networks = len({row["case"] for row in rows})
+    figure = card(11, 2.5 + networks * (0.3 + 0.17 * len(shown)), [origin(rows)])
+    for axes, (plan, weights) in zip(figure.subplots(1, len(PLANS), sharex=True), PLANS.items(), strict=True):
+        shares(axes, rows, plan, shown)
+        to_the_ceiling(axes)
+        axes.set_title(weights, fontsize=10, loc="left")
         axes.set_xlabel("% of the byte ceiling; at each bar the median time")
     title = "One update on a CPU, as a share of the speed at which the memory is read and written"
-    legend(figure, title, shown, any(map(disturbed, files.values())))
+    legend(figure, title, shown, disturbed(rows))
     return figure

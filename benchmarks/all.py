@@ -1,0 +1,96 @@
+"""Runs all benchmarks of one device, each in a process of its own, and says which targets are met.
+
+The sizes are chosen for a CPU of two cores: `python -m benchmarks all` takes under ten minutes there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import record
+from benchmarks.judging import Verdict
+from benchmarks.tables.files import load, verdicts
+
+PARTS: dict[str, str] = {
+    "update": "",
+    "update_bn": "update_bn-",
+    "swap": "swap-",
+    "scaling": "scaling-",
+    "step": "step-",
+    "cold": "cold-",
+    "integrations": "integrations-",
+}
+"""The commands, and how the names of their files begin."""
+SHORTER = {"cpu": {"integrations": ["--cases", "resnet50", "--seconds-per-case", "2"]}}
+"""Options with which a part takes less than it would alone."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder of the CSV files (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the parts, then judge what they measured.
+
+    Args:
+        arguments: as `add_arguments` declares them.
+
+    Returns:
+        0; 1 if a part failed, as one does whose result is wrong; 2 if there is no such device. A target that is not met
+        is no failure.
+    """
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is available", file=sys.stderr)
+        return 2
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    began, failed = time.time(), []
+    written: list[Path] = []
+    for part, prefix in PARTS.items():
+        path = arguments.output / record.default_path(device, prefix).name
+        options = ["--device", device.type, "--output", str(path), *SHORTER.get(device.type, {}).get(part, [])]
+        print(f"\n{part} {' '.join(options)}", flush=True)
+        start, before = time.time(), _modified(path)
+        status = subprocess.run([sys.executable, "-m", "benchmarks", part, *options], check=False).returncode
+        print(f"{part}: {time.time() - start:.0f} s", flush=True)
+        if status:
+            print(f"{part}: exit status {status}", file=sys.stderr)
+            failed.append(part)
+        # A file of an earlier run is not this run's measurement.
+        if _modified(path) != before:
+            written.append(path)
+    print(f"\nall: {time.time() - began:.0f} s\n")
+    files = load(arguments.output, written)
+    print(table(verdicts(files, record.device_name(device))))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def table(found: Sequence[Verdict]) -> str:
+    """A line for each target, and their number.
+
+    Args:
+        found: of a device.
+    """
+    width = max(len(verdict.target.work) for verdict in found)
+    lines = [f"{verdict.target.work:{width}}  {verdict.line()}" for verdict in found]
+    counts = [f"{sum(verdict.word == word for verdict in found)} {word}" for word in ("met", "NOT MET", "not measured")]
+    return "\n".join((*lines, ", ".join(counts)))

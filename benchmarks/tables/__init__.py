@@ -1,0 +1,1 @@
+"""Tables of the measurements in Markdown, made from the committed CSV files alone."""
