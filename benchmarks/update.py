@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record
+from benchmarks import ncu, record
 from benchmarks.cases import CASES
 from benchmarks.one_case import measure_case
 from benchmarks.providers import PLANS
@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
     for row in wrong:
         print(f"{row.case} {row.plan}: {row.provider}: {row.checked}", file=sys.stderr)
+    if not arguments.plans and not arguments.cases:
+        ncu.run(device, command, arguments.output)
     return int(bool(wrong))
 
 

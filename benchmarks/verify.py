@@ -144,6 +144,8 @@ def _fault(
     for name, source in model.named_buffers():
         if provider.buffers == NO_BUFFERS:
             continue
+        if name not in averages:
+            return f"{name} has no average"
         if provider.buffers != COPIED and source.is_floating_point():
             compared[name] = source
         elif provider.buffers in (LEFT, TRUNCATED) and not source.is_floating_point():

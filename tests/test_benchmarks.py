@@ -7,21 +7,24 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import disturbance, measure, providers, update
+from benchmarks import counts, disturbance, measure, providers
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Shapes
 from benchmarks.disturbance import LIMIT, Disturbance
-from benchmarks.measure import Times, ratio
-from benchmarks.providers import CACHED, CEILING, OURS, PLANS, PROVIDERS, TORCH, Plan, Prepared, Provider
+from benchmarks.measure import FEWEST_ROUNDS, ROUNDS, Times, ratio, ratio_percentiles
+from benchmarks.peers import PEERS
+from benchmarks.providers import CACHED, CEILING, OURS, PLANS, PROVIDERS, TORCH, Plan, Prepared
 from benchmarks.record import HEADINGS
+from benchmarks.registry import providers_of
+from benchmarks.verify import verify
 from benchmarks.wheel import faults
 
 KNOWN = {
@@ -56,6 +59,8 @@ def test_bytes_of_an_update() -> None:
     assert providers.update_bytes(model, PLANS["fp32"]) == 16 * 12 + 16 * 8 + 16
     assert providers.update_bytes(model.bfloat16(), PLANS["mixed"]) == 16 * 10 + 16 * 6 + 16
     assert providers.update_bytes(model, PLANS["bf16"]) == 16 * 6 + 16 * 4 + 16
+    # Of SWAG 16 parameters alone, with mean, variance and a deviation.
+    assert providers.update_bytes(model.float(), PLANS["swag"]) == 16 * 24
 
 
 RIGHT = dict(PROVIDERS)
@@ -82,8 +87,12 @@ def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytes
     status, rows = run(tmp_path / "results.csv", "fp32", "mixed")
     assert status == 0
     assert [(row["plan"], row["provider"]) for row in rows] == [
-        (p, name) for p in ("fp32", "mixed") for name in PROVIDERS
+        (plan, name) for plan in ("fp32", "mixed") for name in providers_of(plan)
     ]
+    # Every peer takes part in float32, each with what it does with buffers.
+    assert {(row["provider"], row["checked"]) for row in rows if row["plan"] == "fp32"} >= {
+        (name, f"yes, {peer.buffers}") for name, peer in PEERS.items()
+    }
     for row in rows:
         assert (row["case"], row["device"], row["tensors"], row["elements"]) == ("resnet20", "cpu", "59", "269722")
         assert row["torch"] == torch.__version__
@@ -93,14 +102,24 @@ def test_every_measurement_is_checked_and_recorded(tmp_path: Path, capsys: pytes
             assert "dtype" in row["checked"]
             assert not row["p50_us"]
             continue
-        assert row["checked"] == ("averages nothing" if row["provider"] == CEILING else "yes")
+        assert row["checked"].split(",")[0] == ("averages nothing" if row["provider"] == CEILING else "yes")
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
-        assert float(row[HEADINGS["ratio_to_fastswa"]]) > 0
+        assert 0 < float(row["ratio_p20"]) <= float(row[HEADINGS["ratio_to_fastswa"]]) <= float(row["ratio_p80"])
+        assert FEWEST_ROUNDS <= int(row["rounds"]) <= ROUNDS
+        assert not row["launches"]
     # torch 2.11 refuses the mixed plan in its default update too.
     skipped = {row["provider"] for row in rows if row["checked"].startswith("skipped")}
     assert {CACHED, f"{TORCH}, get_ema_multi_avg_fn"} <= skipped <= {CACHED, f"{TORCH}, get_ema_multi_avg_fn", TORCH}
     printed = capsys.readouterr().out
-    assert all(name in printed for name in PROVIDERS)
+    assert all(name in printed for name in providers_of("fp32"))
+    # torch reads its counter twice, ema-pytorch its own two, and its decay, twice.
+    reads = {row["provider"]: row["device_reads"] for row in rows if row["plan"] == "fp32"}
+    assert (reads[OURS], reads[CACHED], reads[TORCH], reads["ema-pytorch EMA"]) == ("0", "0", "2", "4")
+    # diffusers holds a difference for all 269,722 parameters at one time, torch_ema for the largest, of 36,864.
+    extra = {row["provider"]: int(row["peak_extra_bytes"]) for row in rows if row["plan"] == "fp32"}
+    assert extra[CACHED] == 0
+    assert extra["diffusers EMAModel, foreach"] == 4 * 269_722
+    assert 4 * 36_864 <= extra["torch_ema"] < 8 * 36_864
     assert "times as fast as cached _foreach_lerp_, asked >= 1" in printed
 
 
@@ -141,6 +160,10 @@ def breaks(model: nn.Module, plan: Plan) -> Prepared:
     raise RuntimeError("no such kernel")
 
 
+def not_there(model: nn.Module, plan: Plan) -> Prepared:
+    raise ModuleNotFoundError("No module named 'shelf.averages'", name="shelf.averages")
+
+
 @pytest.mark.parametrize(
     ("name", "setup", "reason", "status"),
     [
@@ -149,6 +172,7 @@ def breaks(model: nn.Module, plan: Plan) -> Prepared:
         (TORCH, misses_an_element, "wrong: head.bias is off by", 0),
         (CACHED, stale_buffers, "wrong: buffer stem_norm.running_mean differs", 0),
         (TORCH, breaks, "skipped: RuntimeError: no such kernel", 0),
+        (TORCH, not_there, "skipped: shelf is not installed", 0),
     ],
 )
 def test_a_wrong_result_gets_no_time(
@@ -159,12 +183,7 @@ def test_a_wrong_result_gets_no_time(
     reason: str,
     status: int,
 ) -> None:
-    def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
-
-    # A fresh process would not see the changed registry.
-    monkeypatch.setattr(update, "in_fresh_process", call)
-    monkeypatch.setitem(PROVIDERS, name, Provider(setup, PROVIDERS[name].weights, PROVIDERS[name].ours))
+    monkeypatch.setitem(PROVIDERS, name, replace(PROVIDERS[name], setup=setup))
     result, rows = run(tmp_path / "results.csv", "fp32")
     assert result == status
     for row in rows:
@@ -173,6 +192,22 @@ def test_a_wrong_result_gets_no_time(
             assert not row["p50_us"]
         else:
             assert row["p50_us"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "buffers", "reason"),
+    [
+        ("timm ModelEmaV2", providers.AVERAGED, "wrong: buffer stem_norm.num_batches_tracked differs"),
+        ("timm ModelEmaV2", providers.LEFT, "wrong: buffer stem_norm.num_batches_tracked is 561, 0 at the start"),
+        ("timm ModelEmaV3", providers.TRUNCATED, "wrong: buffer stem_norm.num_batches_tracked is 3000, 561.0 before"),
+        ("ultralytics ModelEMA", providers.TRUNCATED, "wrong: buffer stem_norm.num_batches_tracked is 0, 561.0 before"),
+        ("torch_ema", providers.COPIED, "wrong: stem_norm.running_mean has no average"),
+    ],
+)
+def test_what_becomes_of_buffers_is_compared(peer: str, buffers: str, reason: str) -> None:
+    plan = PLANS["fp32"]
+    _, verdicts = verify(Shapes("resnet20"), plan, {peer: replace(PEERS[peer], buffers=buffers)})
+    assert verdicts[peer].startswith(reason)
 
 
 def test_llama_is_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +221,40 @@ def test_ratios_are_taken_within_a_round() -> None:
     slow = Times([[3.0, 9.0, 3.0], [30.0, 30.0], [3.0]])
     assert ratio(slow, fast) == 3.0
     assert slow.scaled(2.0).percentile(50) == 12.0
+    slower = Times([[1.0], [20.0], [4.0]])
+    # Of the ratios 1, 2 and 4, four tenths of the way to the middle.
+    assert ratio_percentiles(slower, fast) == pytest.approx((1.4, 3.2))
+
+
+def test_slow_calls_get_fewer_rounds_and_one_run_in_each() -> None:
+    class SleepClock:
+        def block(self, call: Callable[[], object], count: int, times: Times) -> None:
+            times.runs.append([0.0] * count)
+            for _ in range(count):
+                call()
+
+    calls = {"slow": lambda: time.sleep(0.02), "quick": lambda: None}
+    times, _ = measure.measure(calls, SleepClock(), 0.1)
+    assert [len(block) for block in times["slow"].runs] == [1] * FEWEST_ROUNDS
+    assert [len(block) for block in times["quick"].runs] == [measure.MOST] * FEWEST_ROUNDS
+    times, _ = measure.measure({"quick": calls["quick"]}, SleepClock(), 0.1)
+    assert len(times["quick"].runs) == ROUNDS
+
+
+def test_reads_and_memory_are_counted() -> None:
+    cpu, kept = torch.device("cpu"), torch.ones(1000)
+
+    def call() -> None:
+        one = kept + 1
+        del one
+        two, three = kept + 2, kept + 3
+        assert two[0].item() < three[0].item()
+        kept.mul_(1)
+
+    assert counts.device_reads(call, cpu) == 2
+    # Two tensors, and a few bytes for the numbers added and read.
+    assert 8000 <= counts.peak_extra_bytes(call, cpu) <= 8032
+    assert counts.peak_extra_bytes(lambda: kept.add_(1), cpu) <= 32
 
 
 class StepClock:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +15,16 @@ import torch
 from torch import nn
 
 import fastswa
-from benchmarks import overlap, providers, record, update, weight_averages
+from benchmarks import overlap, providers, record, swag_rule, update
 from benchmarks.__main__ import main
 from benchmarks.cases import Shapes
 from benchmarks.networks import MLP
-from benchmarks.one_case import check_case, measure_case
+from benchmarks.one_case import measure_case
 from benchmarks.overlap import BESIDE, OFFLOADED, VARIANTS, measure_steps
-from benchmarks.providers import CEILING, PLANS, Plan, Prepared, Provider
-from benchmarks.verify import CEILING_NOTE, YES, verify
+from benchmarks.providers import CEILING, PLANS, Plan, Prepared
+from benchmarks.registry import providers_of
+from benchmarks.swag_rule import OUR_SWAG, PUBLISHED, SWAGS
+from benchmarks.verify import CEILING_NOTE, YES, right, verify
 from benchmarks.weight_averages import (
     LISTS,
     NEAREST,
@@ -30,12 +33,11 @@ from benchmarks.weight_averages import (
     SEVERAL,
     STOCHASTIC,
     TIMM,
-    providers_of,
 )
 
 CPU = torch.device("cpu")
 RIGHT = SEVERAL[ONE_PASS]
-PLANS_HERE = ("fp32_k2", "fp32_k4", "bf16_stochastic")
+PLANS_HERE = ("fp32_k2", "fp32_k4", "bf16_stochastic", "swag")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def test_right_providers_are_timed(plan: str) -> None:
     rows = {row.provider: row for row in measure_case("resnet20", plan, CPU, 0.01, "")}
     assert list(rows) == list(providers_of(plan))
     for name, row in rows.items():
-        assert row.checked == (CEILING_NOTE if name == CEILING else YES)
+        assert row.checked.split(",")[0] == (CEILING_NOTE if name == CEILING else YES)
         assert row.p50_us is not None
         assert row.bytes == providers.update_bytes(Shapes("resnet20", PLANS[plan].source), PLANS[plan])
     assert rows[next(iter(rows))].ratio_to_fastswa == 1.0
@@ -128,22 +130,69 @@ def test_a_wrong_result_gets_no_time(
     monkeypatch: pytest.MonkeyPatch, plan: str, name: str, setup: Callable[[nn.Module, Plan], Prepared], reason: str
 ) -> None:
     own = providers_of(plan)
-    monkeypatch.setitem(own, name, Provider(setup, own[name].weights, own[name].ours, own[name].stochastic))
+    monkeypatch.setitem(own, name, replace(own[name], setup=setup))
     rows = {row.provider: row for row in measure_case("resnet20", plan, CPU, 0.01, "")}
     assert rows[name].checked.startswith(reason)
     for row in rows.values():
         assert (row.p50_us is None) == (row.provider == name)
 
 
+def deviates_from_the_old_mean(model: nn.Module, plan: Plan) -> Prepared:
+    """SWAG's published rule, with the last row of one matrix taken before the mean moved."""
+    made = SWAGS[PUBLISHED].setup(model, plan)
+
+    def averages() -> Iterator[dict[str, torch.Tensor]]:
+        *first, last = made.averages()
+        yield from first
+        yield {**last, "head.bias": last["head.bias"] * (24 / 23)}
+
+    return Prepared(made.update, averages)
+
+
+def keeps_the_oldest(model: nn.Module, plan: Plan) -> Prepared:
+    """fastswa's SWAG, its deviations in the order of another model."""
+    made = SWAGS[OUR_SWAG].setup(model, plan)
+
+    def averages() -> Iterator[dict[str, torch.Tensor]]:
+        mean, deviation, *rows = made.averages()
+        yield from (mean, deviation, *rows[1:], rows[0])
+
+    return Prepared(made.update, averages)
+
+
+@pytest.mark.parametrize(
+    ("name", "setup", "reason"),
+    [
+        (PUBLISHED, deviates_from_the_old_mean, "wrong: head.bias is off by"),
+        (OUR_SWAG, keeps_the_oldest, "wrong: stem.weight is off by"),
+    ],
+)
+def test_wrong_moments_get_no_time(name: str, setup: Callable[[nn.Module, Plan], Prepared], reason: str) -> None:
+    prepared, verdicts = verify(Shapes("resnet20"), PLANS["swag"], {name: replace(SWAGS[name], setup=setup)})
+    assert not prepared
+    assert verdicts[name].startswith(reason)
+    assert not right(verdicts[name])
+
+
+def test_the_published_rule_reads_a_counter_for_each_tensor() -> None:
+    rows = {row.provider: row for row in measure_case("resnet20", "swag", CPU, 0.01, "")}
+    # fastswa rounds its weight in a tensor of one number, once for gathered and once for large tensors.
+    assert (rows[OUR_SWAG].device_reads, rows[PUBLISHED].device_reads) == (2, 7 * 59)
+    largest = 4 * 36_864 * (swag_rule.RANK + 1)
+    assert rows[PUBLISHED].peak_extra_bytes >= largest > rows[OUR_SWAG].peak_extra_bytes
+
+
 def test_a_missing_timm_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_averages, "find_spec", lambda name: None)
-    monkeypatch.delitem(importlib.import_module("sys").modules, "timm.utils.model_ema", raising=False)
-    assert check_case("resnet20", "bf16_stochastic", CPU)[TIMM] == "skipped: ModuleNotFoundError: timm is not installed"
+    monkeypatch.setitem(sys.modules, "timm.utils", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    plan = PLANS["bf16_stochastic"]
+    _, verdicts = verify(nn.Linear(2, 2).to(plan.source), plan, {TIMM: ROUNDED[TIMM]})
+    assert verdicts[TIMM] == "skipped: timm is not installed"
 
 
 def test_a_timm_without_stochastic_rounding_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(ModelEmaV3=lambda model, decay: None)
-    monkeypatch.setattr(weight_averages, "_timm_module", lambda: old)
+    monkeypatch.setitem(sys.modules, "timm.utils", old)
     plan = PLANS["bf16_stochastic"]
     prepared, verdicts = verify(nn.Linear(2, 2).to(plan.source), plan, {TIMM: ROUNDED[TIMM]})
     assert not prepared
@@ -165,7 +214,7 @@ def test_a_cpu_measures_no_overlap(
     output = tmp_path / "results.csv"
     assert main(["update", "--cases", "resnet50", "--output", str(output)]) == 0
     assert "overlap, offload: not measured: needs a GPU" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [output]
+    assert not list(tmp_path.iterdir())
 
 
 def test_steps_of_every_variant_are_checked_and_recorded(tmp_path: Path) -> None:

@@ -92,9 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
             pair = in_fresh_process(measure_pair, library, release, case, device, seconds, command, verdicts)
             print(table(pair), flush=True)
             rows += pair
-    if not rows:
-        print("none of the libraries is installed: nothing was measured, and no file written")
-        return 0
     path = arguments.output or record.default_path(device, "integrations-")
     record.write(path, rows, PairRow)
     print(f"{len(rows)} measurements in {path}")

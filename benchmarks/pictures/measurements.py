@@ -14,6 +14,7 @@ Measurement = dict[str, str]
 """A row by the names of its columns, as they are before `record.HEADINGS` explains them."""
 
 NAMES = {
+    "digits": "the demo's network",
     "mlp": "MLP",
     "resnet20": "ResNet-20",
     "preresnet164": "PreResNet-164",

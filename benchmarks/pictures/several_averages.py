@@ -34,7 +34,7 @@ def draw(results: Path) -> Figure:
     ]
     for part, plans, title in parts:
         shown = providers(rows, plans)
-        all_axes = part.subplots(1, len(plans), squeeze=False, sharey=True)[0]
+        all_axes = part.subplots(1, len(plans), squeeze=False)[0]
         for axes, (plan, weights) in zip(all_axes, plans.items(), strict=True):
             shares(axes, rows, plan, shown)
             axes.set_title(weights, fontsize=10, loc="left")

@@ -49,12 +49,13 @@ def load(folder: Path, paths: Iterable[Path] | None = None) -> list[File]:
         paths: of some of them; default: all.
 
     Returns:
-        The files by name.
+        The files by name, without those that have no rows: there nothing could be measured.
 
     Raises:
-        ValueError: a file has no rows, or lacks the columns that say where they were measured.
+        ValueError: a file lacks the columns that say where its rows were measured.
     """
-    return [File(path, read(path, COLUMNS)) for path in sorted(folder.glob("*.csv") if paths is None else paths)]
+    found = sorted(folder.glob("*.csv") if paths is None else paths)
+    return [File(path, read(path, COLUMNS)) for path in found if len(path.read_text().splitlines()) > 1]
 
 
 def rows_of(files: Iterable[File], command: str, device: str = "cpu") -> list[Measurement]:

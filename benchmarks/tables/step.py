@@ -37,4 +37,4 @@ def _sentence(rows: Sequence[Measurement]) -> str:
     shares = [f"{figure(100 * (number(row, 'share_of_step') or 0))} % with {plain(row['provider'])}" for row in timed]
     name = NAMES.get(rows[0]["case"], rows[0]["case"])
     time = figure((number(rows[0], "step_p50_us") or 0) / 1000)
-    return f"Of a training step of {name} ({time} ms), averaging takes {together(shares)}."
+    return f"Of a training step of {name} ({time} ms without it), averaging takes {together(shares)}."

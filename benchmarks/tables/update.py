@@ -32,11 +32,13 @@ def update(files: Sequence[File]) -> str:
     for device in ("cpu", *gpus(files)):
         rows = [row for row in rows_of(files, "update", device) if row.get("plan") in PLANS]
         if rows:
-            parts.append(_on(device, rows, link(files, "update", device)))
-    return "\n\n".join(parts) + ("" if gpus(files) else "\nOn a GPU: not measured yet.")
+            parts.append(_on(rows, link(files, "update", device)))
+    if not gpus(files):
+        parts.append("On a GPU: not measured yet.")
+    return "\n\n".join(parts)
 
 
-def _on(device: str, rows: Sequence[Measurement], source: str) -> str:
+def _on(rows: Sequence[Measurement], source: str) -> str:
     lines: list[tuple[str, ...]] = []
     quicker: dict[str, list[str]] = {}
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -55,20 +57,27 @@ def _on(device: str, rows: Sequence[Measurement], source: str) -> str:
             )
             if other and (number(other, _column(other)) or 1) < 1:
                 quicker.setdefault(plain(other["provider"]), []).append(name)
-    where = "a CPU" if device == "cpu" else f"an {device}"
-    heading = paragraph(
-        f"Time of one update on {where} in milliseconds (medians, all taking turns in one process;",
-        "in brackets 20 to 80 % of the rounds):",
-    )
     losses = together([f"{provider} on {together(names)}" for provider, names in quicker.items()])
     notes = paragraph(
         f"Quicker than fastswa: {losses}." if losses else "No other is quicker.",
         "Times marked with a star were taken while other processes ran."
         if any("*" in line[1] for line in lines)
         else "",
-        f"{hardware(rows[0])}: {commands(rows)} ({source}).",
+        f"{commands(rows)} ({source}).",
     )
-    return f"{heading}\n\n{table(HEADINGS, lines)}\n\n{notes}"
+    return f"{paragraph(_summary(rows))}\n\n{table(HEADINGS, lines)}\n\n{notes}"
+
+
+def _summary(rows: Sequence[Measurement]) -> str:
+    """How many times as fast, and what the table shows."""
+    column = _column(rows[0])
+    gains = [number(row, column) for row in rows if row["provider"] == TORCH and not disturbed([row])]
+    known = sorted(gain for gain in gains if gain is not None)
+    words = f"{figure(known[0])} to {figure(known[-1])} times as fast as torch's `AveragedModel`. " if known else ""
+    return (
+        f"{words}Milliseconds of one update on {hardware(rows[0])}, medians of calls that take turns in one process "
+        "(20 to 80 % of the rounds in brackets):"
+    )
 
 
 def _quickest(found: dict[str, Measurement]) -> Measurement | None:

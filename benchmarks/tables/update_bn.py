@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.batch_norm.providers import OURS, TORCH
 from benchmarks.pictures.measurements import NAMES, Measurement, number
 from benchmarks.tables.files import File, gpus, link, rows_of
-from benchmarks.tables.markdown import commands, hardware, milliseconds, paragraph, ratio, table
-
-HEADINGS = ("ms a batch", "fastswa", "torch", "times torch's speed", "device reads a batch", "torch's")
+from benchmarks.tables.markdown import commands, hardware, milliseconds, paragraph, ratio
 
 
 def update_bn(files: Sequence[File]) -> str:
-    """The table of a device after another.
+    """The networks of a device after another.
 
     Args:
         files: of a folder.
     """
     parts = []
     for device in ("cpu", *gpus(files)):
+        cases: dict[tuple[str, ...], dict[str, Measurement]] = {}
         rows = rows_of(files, "update_bn", device)
+        for row in rows:
+            cases.setdefault((row["case"], row["precision"], row["batches_from"]), {})[row["provider"]] = row
         if rows:
+            sentences = [_sentence(own) for own in cases.values() if {OURS, TORCH} <= own.keys()]
             where = f"{hardware(rows[0])}: {commands(rows)} ({link(files, 'update_bn', device)})."
-            parts.append(f"{table(HEADINGS, _lines(rows))}\n\n{paragraph(where)}")
-    return "\n\n".join(parts) + ("" if gpus(files) else "\nOn a GPU: not measured yet.")
+            parts.append(paragraph("Times a batch:", *sentences, where))
+    if not gpus(files):
+        parts.append("On a GPU: not measured yet.")
+    return "\n".join(parts)
 
 
-def _lines(rows: Sequence[Measurement]) -> list[tuple[str, ...]]:
-    cases: dict[tuple[str, ...], dict[str, Measurement]] = {}
-    for row in rows:
-        cases.setdefault((row["case"], row["precision"], row["batches_from"]), {})[row["provider"]] = row
-    lines = []
-    for (case, precision, source), own in cases.items():
-        ours, torch = own[OURS], own[TORCH]
-        name = case.split("_batch")[0]
-        words = f"{NAMES.get(name, name)}, batch {ours['batch_size']}"
-        words += "" if precision == "fp32" else f", {precision.replace('_', ' ')}"
-        words += "" if source == "device" else f", batches from the {source}"
-        reads = (f"{number(row, 'device_reads_per_batch'):g}" for row in (ours, torch))
-        lines.append((words, milliseconds(ours), milliseconds(torch), ratio(torch), *reads))
-    return lines
+def _sentence(own: Mapping[str, Measurement]) -> str:
+    ours, torch = own[OURS], own[TORCH]
+    name = ours["case"].split("_batch")[0]
+    words = f"{NAMES.get(name, name)} at batch {ours['batch_size']}"
+    words += "" if ours["precision"] == "fp32" else f", {ours['precision'].replace('_', ' ')}"
+    words += "" if ours["batches_from"] == "device" else f", batches from the {ours['batches_from']}"
+    # 0.3 is a counter that is read now and then.
+    reads = (f"{number(row, 'device_reads_per_batch') or 0:g}" for row in (ours, torch))
+    return (
+        f"{words}: {milliseconds(ours)} ms, torch {milliseconds(torch)}, {ratio(torch)} times torch's speed, "
+        "device reads {}, torch {}.".format(*reads)
+    )
