@@ -107,15 +107,20 @@ class TorchMultiUpdate:
             parts = _stretches([(numbers[index], sources[index].numel()) for index in run])
             self._add(targets, packed, parts, list(stretches.gathers(members, packed)))
         for index in alone:
-            first = numbers[index]
-            pieces = [stretches.pieces(own[index], sources[index]) for own in averages]
+            first, source = numbers[index], sources[index]
+            if len(averages) == 1 and averages[0][index].dtype == source.dtype and source.dtype not in _HALF:
+                # One set reads each source once anyhow, and converts nothing.
+                self._add([averages[0][index]], source, [(first, source.numel())])
+                continue
+            pieces = [stretches.pieces(own[index], source) for own in averages]
             for together in zip(*pieces, strict=True):
                 count = together[0][1].numel()
                 self._add([average for average, _ in together], together[0][1], [(first, count)])
                 first += count
 
+    @torch.inference_mode()
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
-        """Run the update. The caller has turned gradients off.
+        """Run the update.
 
         Args:
             weights: one for each set, in [0, 1]; a set of weight 0 is left alone. A tensor is read by the host.

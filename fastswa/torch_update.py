@@ -84,8 +84,10 @@ class TorchUpdate:
         self._copy_to = [copy_to[index] for index in alone]
         self._copy_from = [copy_from[index] for index in alone]
 
+    # With gradients merely off, autograd still looks at each of the many tensors.
+    @torch.inference_mode()
     def lerp_(self, weight: float | Tensor) -> None:
-        """Run the update. The caller has turned gradients off.
+        """Run the update.
 
         Args:
             weight: in [0, 1]: a float, or a 0-dimensional tensor, which is read by the host only if it is on the CPU.

@@ -1,22 +1,19 @@
 """Notice that a module's tensors were replaced or moved, without walking the module.
 
-Walking `parameters()` costs several times more than this check, which keeps the dictionaries that hold the tensors and
-reads them in C. Still it is the largest fixed cost of an update on a CPU: not for its instructions, but because each
-object that it touches may be a cache miss. An identity touches the tensor's Python object, an address two objects more.
+Walking `parameters()` costs several times more than this check, which compares the dictionaries that hold the tensors
+with copies of them, in C. Still it is the largest fixed cost of an update on a CPU: not for its instructions, but because
+each object that it touches may be a cache miss. An identity touches the tensor's Python object, an address two objects
+more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
-from operator import is_
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastswa import shards
-
-_END = object()
 
 
 class TensorWatch:
@@ -28,8 +25,8 @@ class TensorWatch:
 
     Args:
         module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
-        every_address: if not, new tensors do not show, and other memory only where `.to()` and its kin gave it; for a
-            module whose memory somebody else watches.
+        every_address: if not, other memory shows only where `.to()` and its kin gave it; for a module whose memory
+            somebody else watches.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -41,12 +38,15 @@ class TensorWatch:
 
     def __init__(self, module: nn.Module, every_address: bool = True) -> None:
         parts = list(module.modules())
-        slots = [slot for part in parts for slot in (part._parameters, part._buffers, part._modules)]
-        self._empty = [slot for slot in slots if not slot and every_address]
-        self._slots: list[Iterable[Any]] = [slot.values() for slot in slots if slot]
-        self._held = [*chain.from_iterable(self._slots), _END]
+        self._slots: list[dict[str, Any]] = [
+            slot for part in parts for slot in (part._parameters, part._buffers, part._modules)
+        ]
+        self._held = [dict(slot) for slot in self._slots]
+        named = [(slot, name) for slot in self._slots for name in slot if _has_own_equality(slot[name])]
+        self._owners, self._names = [slot for slot, _ in named], [name for _, name in named]
+        self._compared_first = [slot[name] for slot, name in named]
         if every_address:
-            self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+            self._tensors = [held for slot in self._held for held in slot.values() if isinstance(held, Tensor)]
         else:
             # Module.to moves all of a part's tensors, and gives every buffer a new identity.
             firsts = (next(iter(part.parameters(recurse=False)), None) for part in parts if not part._buffers)
@@ -60,11 +60,26 @@ class TensorWatch:
 
     def unchanged(self) -> bool:
         """Whether the module holds the same tensors, in the same memory, as when the watch began."""
-        # The end mark makes one tensor more or fewer a difference too.
-        held = chain(chain.from_iterable(self._slots), (_END,))
         return (
-            all(map(is_, held, self._held))
-            and not any(self._empty)
+            self._same_objects()
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and (not self._sharded or all(map(is_, map(shards.held, self._sharded), self._parts)))
         )
+
+    def _same_objects(self) -> bool:
+        try:
+            # Dictionaries are equal that hold the same objects; of others the values are asked, and those whose answer
+            # could be yes were looked at before.
+            return all(map(is_, map(getitem, self._owners, self._names), self._compared_first)) and (
+                self._slots == self._held
+            )
+        except Exception:
+            # A name is gone, or a tensor of several elements is neither equal to another nor different.
+            return False
+
+
+def _has_own_equality(held: object) -> bool:
+    """Whether something may say that it equals another object; a plain tensor of several elements raises."""
+    if type(held) in (Tensor, nn.Parameter, nn.Buffer):
+        return held.numel() == 1  # type: ignore[attr-defined]
+    return type(held).__eq__ is not object.__eq__

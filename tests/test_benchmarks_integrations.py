@@ -22,6 +22,7 @@ from benchmarks.cases import Shapes
 from benchmarks.integrations import LIBRARIES, slower
 from benchmarks.integrations.check import prepare
 from benchmarks.integrations.pair import PairRow
+from benchmarks.measure import Times, ratio, ratio_percentiles
 from benchmarks.providers import Prepared, held_by
 from fastswa import EMA, AveragedModel
 
@@ -81,6 +82,8 @@ def test_a_library_is_compared_and_timed(tmp_path: Path, capsys: pytest.CaptureF
         assert row["version"] == "0.3"
         assert row["torch"] == torch.__version__
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        (median,) = (float(value) for name, value in row.items() if name.startswith("ratio_to_fastswa"))
+        assert float(row["ratio_p20"]) <= median <= float(row["ratio_p80"])
     assert "torch_ema, resnet20" in capsys.readouterr().out
 
 
@@ -142,6 +145,12 @@ def test_each_file_prepares_both(library: str) -> None:
         assert prepared.averages is not None
         (averages,) = prepared.averages()
         assert dict(model.named_parameters()).keys() <= averages.keys()
+
+
+def test_the_ratio_scatters_over_the_rounds() -> None:
+    slow, fast = Times([[2.0, 3.0, 90.0], [4.0], [10.0]]), Times([[1.0], [1.0, 2.0, 70.0], [2.0]])
+    # 3, 2 and 5: percentiles two fifths of the way from 2 to 3, and three fifths from 3 to 5.
+    assert (ratio(slow, fast), *ratio_percentiles(slow, fast)) == pytest.approx((3, 2.4, 4.2))
 
 
 def test_what_is_slower_is_said() -> None:

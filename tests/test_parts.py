@@ -47,6 +47,15 @@ def test_flat_buffers_keep_identity_values_and_memory_format() -> None:
     assert torch.equal(tensors[2], values[2])
 
 
+def test_flat_buffers_on_a_cpu_start_large_tensors_alike() -> None:
+    tensors = [torch.randn(size) for size in (3, 5, 1 << 14, 7, 20_000)]
+    values = [tensor.clone() for tensor in tensors]
+    flat = FlatBuffers(tensors)
+    assert flat.adjacent(tensors[0], tensors[1])
+    assert [(tensors[index].data_ptr() - tensors[0].data_ptr()) % 4096 for index in (2, 4)] == [0, 0]
+    assert all(map(torch.equal, tensors, values))
+
+
 @pytest.mark.gpu
 def test_flat_buffers_on_a_gpu_start_every_tensor_on_a_cache_line() -> None:
     tensors = [torch.randn(size, device="cuda") for size in (1, 3, 64, 5)]
@@ -61,6 +70,9 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(3, 300))),
     "layer": lambda model: setattr(model, "head", nn.Linear(300, 3)),
     "buffer": lambda model: setattr(model, "mask", torch.ones(5)),
+    "equal_value": lambda model: setattr(model.norm, "num_batches_tracked", torch.zeros_like(_counter(model))),
+    "equal_values": lambda model: setattr(model.norm, "running_mean", torch.zeros_like(model.norm.running_mean)),
+    "equal_layer": lambda model: setattr(model, "equal", EqualToAll()),
     "dtype": lambda model: model.norm.double(),
     "deleted": lambda model: delattr(model.head, "bias"),
     "added": lambda model: model.head.register_parameter("scale", nn.Parameter(torch.ones(1))),
@@ -69,9 +81,26 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+class EqualToAll(nn.Linear):
+    """A layer that calls everything its equal."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = nn.Linear.__hash__
+
+
+def _counter(model: nn.Module) -> Tensor:
+    return model.norm.num_batches_tracked
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_watches_see_a_change_and_nothing_else(change: str) -> None:
     model = ConvNet()
+    model.equal = EqualToAll()
     flat = FlatModule(model)
     watches = [TensorWatch(model).unchanged, lambda: flat.holds(model)]
     with torch.no_grad():

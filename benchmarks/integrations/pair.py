@@ -12,7 +12,7 @@ from benchmarks import record
 from benchmarks.cases import Shapes
 from benchmarks.clocks import CPUClock, CUDAClock, device_launches
 from benchmarks.integrations.check import OURS, prepare
-from benchmarks.measure import Times, measure, ratio
+from benchmarks.measure import Times, measure, ratio, ratio_percentiles
 from benchmarks.one_case import settle_allocator
 from benchmarks.record import Environment
 from benchmarks.verify import UPDATES, YES
@@ -32,6 +32,7 @@ class PairRow(Environment):
         elements: of the parameters.
         p20_us, p50_us, p80_us: percentiles over all runs; on a GPU of the time on the device.
         ratio_to_fastswa: median over the rounds of this time over fastswa's.
+        ratio_p20, ratio_p80: percentiles over the rounds of the same.
         host_us: median time until the call returns, with the GPU idle at its start.
         wall_us: median over the rounds of the mean time of calls in a row, the wait for the GPU included.
         wall_ratio_to_fastswa: this wall time over fastswa's.
@@ -51,6 +52,8 @@ class PairRow(Environment):
     p50_us: float | None
     p80_us: float | None
     ratio_to_fastswa: float | None
+    ratio_p20: float | None
+    ratio_p80: float | None
     host_us: float | None
     wall_us: float | None
     wall_ratio_to_fastswa: float | None
@@ -118,7 +121,7 @@ def measure_pair(
 
 
 MEASURED = (
-    *("p20_us", "p50_us", "p80_us", "ratio_to_fastswa"),
+    *("p20_us", "p50_us", "p80_us", "ratio_to_fastswa", "ratio_p20", "ratio_p80"),
     *("host_us", "wall_us", "wall_ratio_to_fastswa", "launches"),
 )
 
@@ -130,6 +133,7 @@ def _values(times: Mapping[str, Times], name: str) -> dict[str, float]:
     values = {f"p{percent}_us": own.percentile(percent) for percent in (20, 50, 80)}
     if OURS in times:
         values["ratio_to_fastswa"] = ratio(own, times[OURS])
+        values["ratio_p20"], values["ratio_p80"] = ratio_percentiles(own, times[OURS])
     if own.wall:
         values["host_us"] = statistics.median(run for block in own.host for run in block)
         values["wall_us"] = statistics.median(own.wall)
