@@ -26,12 +26,18 @@ def pictures() -> dict[str, ModuleType]:
         ImportError: matplotlib is not installed.
     """
     try:
-        from benchmarks.pictures import several_averages, update, update_bn
+        from benchmarks.pictures import bandwidth, scaling, several_averages, update, update_bn
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
         raise ImportError("the pictures are drawn with matplotlib: pip install fastswa[demo]") from error
-    return {"update.png": update, "several_averages.png": several_averages, "update_bn.png": update_bn}
+    return {
+        "update.png": update,
+        "several_averages.png": several_averages,
+        "bandwidth.png": bandwidth,
+        "scaling.png": scaling,
+        "update_bn.png": update_bn,
+    }
 
 
 def source(results: Path, files: tuple[str, ...]) -> str:

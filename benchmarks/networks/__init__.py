@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from benchmarks.networks.digits import PreActivationResNet
+from benchmarks.networks.gpt2 import GPT2
 from benchmarks.networks.mlp import MLP
 from benchmarks.networks.preresnet import PreResNet, PreResNet164
 from benchmarks.networks.resnet import ResNet50
@@ -15,6 +16,7 @@ from benchmarks.networks.vgg import VGG16
 from benchmarks.networks.wide_resnet import WideResNet
 
 __all__ = [
+    "GPT2",
     "MLP",
     "TRAINED",
     "VGG16",
