@@ -124,7 +124,9 @@ def module_refusal(module: nn.Module) -> str | None:
         The reason in words, or None.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for name, part in module.named_modules() if fsdp is not None else ():
+    if fsdp is None:
+        return None
+    for name, part in module.named_modules():
         if isinstance(part, fsdp.FullyShardedDataParallel):
             return (
                 f"{repr(name) if name else 'the model'} is FullyShardedDataParallel, whose parameters are pieces of no "
