@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import CodeType
 from typing import Any
 
@@ -38,10 +37,12 @@ def case_sharded_model(ranks: Ranks) -> None:
     names["evaluate"] = lambda model: seen.append(evaluate(model))
     # README's SWA begins later than this training ends.
     names["SWA"] = lambda start: SWA(start=start // 100)
+    directory = ranks.directory / "readme"
+    directory.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ranks.directory)
+        patch.chdir(directory)
         exec(block("fully_shard"), names)
-        assert os.path.isdir("checkpoint")
+        assert (directory / "checkpoint").is_dir()
     averages = names["averages"]
     assert averages.n_averaged == {"ema": 3, "swa": 2}
     ema = {name: whole(tensor) for name, tensor in averages.weights("ema").items()}
