@@ -49,8 +49,13 @@ def lose_a_rank(rank: int, directory: Path, how: str, where: str) -> None:
     averages = WeightAverages(model, SWA()) if where == "export" else None
     if averages is not None:
         averages.update()
+    # Not while rank 0 still connects to it.
+    ready = directory / "ready"
     if rank == 1:
+        while not ready.exists():
+            time.sleep(0.01)
         leave(how)
+    ready.touch()
     try:
         if where == "construction":
             WeightAverages(model, SWA())
