@@ -71,6 +71,8 @@ def weights_of(followed: Sequence[Followed], values: Sequence[Tensor], full: boo
         whole = shards.gathered(shards.placed(value, each.tensor)) if full else value
         for name in each.names if first else ():
             found[name] = whole.to("cpu", copy=True) if full else shards.placed(whole.clone(), each.tensor)
+        # Not beside the next one, while that is gathered.
+        del whole
     return found
 
 

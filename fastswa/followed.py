@@ -72,6 +72,9 @@ class Selection:
         self._pairs: Mapping[str, Tensor] = {}
         self._more: dict[str, Tensor] = {}
         if isinstance(model, nn.Module):
+            reason = shards.module_refusal(model)
+            if reason is not None:
+                raise TypeError(reason)
             check_values(model, "the model")
         else:
             self._pairs = model if isinstance(model, Mapping) else dict(model)

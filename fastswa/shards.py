@@ -114,6 +114,27 @@ def refusal(tensor: Tensor) -> str | None:
     return None
 
 
+def module_refusal(module: nn.Module) -> str | None:
+    """Why a module's parts can't be averaged each by itself, whatever its tensors are.
+
+    Args:
+        module: any.
+
+    Returns:
+        The reason in words, or None.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return None
+    for name, part in module.named_modules():
+        if isinstance(part, fsdp.FullyShardedDataParallel):
+            return (
+                f"{repr(name) if name else 'the model'} is FullyShardedDataParallel, whose parameters are pieces of no "
+                "known shape and place; shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+    return None
+
+
 def placed(part: Tensor, like: Tensor) -> Tensor:
     """A part as the DTensor that it is a part of.
 
@@ -179,7 +200,7 @@ def is_first(tensors: Iterable[Tensor]) -> bool:
 
 
 def groups(tensors: Iterable[Tensor]) -> Sequence[distributed.ProcessGroup]:
-    """The groups of processes, one for each dimension, of the largest mesh that tensors are placed on.
+    """The groups of processes, one for each dimension, of the mesh with the most processes that tensors are placed on.
 
     Args:
         tensors: any.
@@ -188,7 +209,7 @@ def groups(tensors: Iterable[Tensor]) -> Sequence[distributed.ProcessGroup]:
         What one process tells its first group, and each member of that its second, and so on, all processes know.
     """
     meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor) and tensor.device_mesh.get_coordinate()]
-    return max(meshes, key=lambda mesh: mesh.ndim).get_all_groups() if meshes else []
+    return max(meshes, key=lambda mesh: mesh.size()).get_all_groups() if meshes else []
 
 
 def reshard(module: nn.Module) -> None:

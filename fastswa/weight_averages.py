@@ -223,6 +223,7 @@ class WeightAverages:
 
         Args:
             state: as `state_dict` gave it, on whatever device; whole tensors too where the model has DTensors.
+                torch.distributed.checkpoint has written its tensors in place before it calls this.
 
         Raises:
             ValueError: another rule, seed, name, shape, dtype or placement, or ranks that differ; the first difference

@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastswa import EMA, LAWA, SWA, WeightAverages, average_across_ranks_
 from tests.processes import Ranks
@@ -90,6 +91,19 @@ def case_every_dimension_of_a_mesh_is_asked(ranks: Ranks) -> None:
     last = ranks.world - 1
     error = error_of(lambda: WeightAverages(model, LAWA(3 if ranks.rank == last else 2)))
     told = f"the rule of 'average' is LAWA(window=2) on rank 0 and LAWA(window=3) on rank {last}"
+    assert_same_on_all(ranks, error, f"ValueError: WeightAverages: the ranks disagree; {told}")
+
+
+def case_the_mesh_of_most_ranks_is_asked(ranks: Ranks) -> None:
+    # As experts are placed: some tensors on a few ranks each, of which the last rank's know nothing of the first's.
+    pairs = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks.world // 2, 2), mesh_dim_names=("a", "b"))
+    last = ranks.world - 1
+    tensors = {
+        name: distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        for name, mesh in (("expert", pairs["b"]), ("dense", line(ranks.world)))
+    }
+    error = error_of(lambda: WeightAverages(tensors, EMA(0.9 if ranks.rank < last else 0.99)))
+    told = f"the rule of 'average' is EMA(decay=0.9) on rank 0 and EMA(decay=0.99) on rank {last}"
     assert_same_on_all(ranks, error, f"ValueError: WeightAverages: the ranks disagree; {told}")
 
 

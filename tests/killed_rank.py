@@ -1,12 +1,12 @@
-"""One of the processes of test_killed_rank.py: python -m tests.killed_rank RANK DIRECTORY HOW WHERE."""
+"""What the processes of test_killed_rank.py do."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -26,13 +26,19 @@ def leave(how: str) -> None:
     time.sleep(600)
 
 
-def main() -> None:
-    """Train a step, then lose rank 1 before what all ranks do together."""
-    rank, directory, how, where = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+def lose_a_rank(rank: int, directory: Path, how: str, where: str) -> None:
+    """Lose rank 1 before what all ranks do together.
+
+    Args:
+        rank: of this process.
+        directory: where the ranks meet; rank 0 writes its error there.
+        how: "killed" or "hangs".
+        where: rank 1 is lost before this: "construction", "export" or "mean".
+    """
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{directory}/meeting-{how}-{where}",
+        init_method=f"file://{directory}/meeting",
         rank=rank,
         world_size=2,
         timeout=timedelta(seconds=TIMEOUT),
@@ -43,9 +49,13 @@ def main() -> None:
     averages = WeightAverages(model, SWA()) if where == "export" else None
     if averages is not None:
         averages.update()
+    # Not while rank 0 still connects to it.
+    ready = directory / "ready"
     if rank == 1:
+        while not ready.exists():
+            time.sleep(0.01)
         leave(how)
-    start = time.monotonic()
+    ready.touch()
     try:
         if where == "construction":
             WeightAverages(model, SWA())
@@ -54,11 +64,6 @@ def main() -> None:
         else:
             average_across_ranks_(model)
     except Exception as error:
-        print(f"{type(error).__name__} after {time.monotonic() - start:.0f} s")
+        (directory / "error").write_text(f"{type(error).__name__}: {error}")
         # Not the orderly end, which would wait for the other rank.
-        sys.stdout.flush()
         os._exit(3)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -52,14 +52,26 @@ def assert_swaps(model: nn.Module, averages: WeightAverages) -> None:
 
 def case_sharded_and_tensor_parallel(ranks: Ranks) -> None:
     mesh = init_device_mesh("cpu", (ranks.world // 2, 2), mesh_dim_names=("shard", "tensor"))
-    model = fsdp(tensor_parallel(transformer(hidden=8), mesh["tensor"]), mesh["shard"])
+    # Three columns for each of two ranks, which two others cut again.
+    model = fsdp(tensor_parallel(transformer(hidden=6), mesh["tensor"]), mesh["shard"])
     assert {parameter.device_mesh.ndim for parameter in model.parameters()} == {1, 2}
-    assert_follows(model, transformer(hidden=8), ranks.rank, 4, data=ranks.rank // 2)
+    assert_follows(model, transformer(hidden=6), ranks.rank, 4, data=ranks.rank // 2)
 
 
 def case_replicated_and_sharded(ranks: Ranks) -> None:
     mesh = init_device_mesh("cpu", (2, ranks.world // 2), mesh_dim_names=("replicate", "shard"))
     assert_follows(fsdp(transformer(), mesh), transformer(), ranks.rank, 3)
+
+
+def case_passes_in_low_precision(ranks: Ranks) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, other = (fsdp(transformer(), line(ranks.world), mp_policy=policy) for _ in range(2))
+    averages = assert_follows(model, transformer(), ranks.rank, 3)
+    other.load_state_dict(averages.weights("ema"))
+    with averages.swapped("ema"):
+        found = evaluate(model)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, evaluate(other))
 
 
 def case_any_placement(ranks: Ranks) -> None:

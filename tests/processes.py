@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -52,6 +52,26 @@ def cases(modules: Sequence[str]) -> list[str]:
     ]
 
 
+def start(work: Callable[..., None], world: int, *arguments: Any) -> list[BaseProcess]:
+    """Start processes, forked from one that has imported what all of them need.
+
+    Args:
+        work: a function of a module, of the rank and the other arguments.
+        world: how many processes.
+        *arguments: the same for all.
+
+    Returns:
+        The processes, by rank.
+    """
+    context = get_context("forkserver")
+    # Each alone would spend seconds on these; torch._dynamo is what torch.compile imports.
+    context.set_forkserver_preload([__name__, "tests.sharded_models", "torch._dynamo", "torch.distributed.checkpoint"])
+    processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def run(modules: Sequence[str], world: int, directory: Path) -> dict[str, list[str | None]]:
     """Run all cases of some modules on several processes.
 
@@ -63,14 +83,13 @@ def run(modules: Sequence[str], world: int, directory: Path) -> dict[str, list[s
     Returns:
         For each case and rank the traceback of its failure, or None.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.processes", ",".join(modules), str(world), str(directory)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    printed = [process.communicate(timeout=5 * TIMEOUT)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, printed
+    processes = start(run_cases, world, modules, world, directory)
+    for process in processes:
+        process.join(5 * TIMEOUT)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * world, codes
     ended = [torch.load(directory / f"ended-{rank}.pt") for rank in range(world)]
     return {
         case: [each.get(case, "not run, because one before it failed") for each in ended] for case in cases(modules)
@@ -88,9 +107,15 @@ def assert_passed(outcome: dict[str, list[str | None]], case: str) -> None:
     assert not failures, "\n".join(f"on rank {rank}: {failure}" for rank, failure in failures.items())
 
 
-def main() -> None:
-    """Be one of the processes: python -m tests.processes MODULE,MODULE WORLD DIRECTORY RANK."""
-    modules, world, directory, rank = sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+def run_cases(rank: int, modules: Sequence[str], world: int, directory: Path) -> None:
+    """Be one of the processes.
+
+    Args:
+        rank: which.
+        modules: with the cases.
+        world: how many processes.
+        directory: for what they share.
+    """
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
@@ -119,7 +144,3 @@ def main() -> None:
     # Models in reference cycles hold process groups, whose threads abort an interpreter that ends before them.
     gc.collect()
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -119,6 +119,20 @@ def case_the_mean_over_ranks(ranks: Ranks) -> None:
             assert all(torch.equal(tensors[name], tensor) for name, tensor in kept.items())
 
 
+def case_the_mean_of_some_ranks(ranks: Ranks) -> None:
+    torch.manual_seed(ranks.rank)
+    model = nn.Linear(3, 2)
+    everyone = {name: everyones(parameter.detach(), ranks) for name, parameter in model.named_parameters()}
+    some = [0, ranks.world - 1]
+    pair = distributed.new_group(some)
+    if ranks.rank in some:
+        average_across_ranks_(model, pair)
+    for name, parameter in model.named_parameters():
+        first, own, last = (everyone[name][rank] for rank in (0, ranks.rank, -1))
+        # The sum of two numbers is rounded once, and half of it is exact.
+        assert torch.equal(parameter, (first + last) / 2 if ranks.rank in some else own), name
+
+
 def case_one_all_reduce_for_each_arithmetic(ranks: Ranks) -> None:
     sizes = []
 
@@ -185,3 +199,20 @@ def case_statistics_are_those_of_all_data(ranks: Ranks) -> None:
         plain.load_state_dict(found, strict=False)
         # float64 rounding of sums in another order, as in test_batch_norm_group.py.
         assert_statistics_close(plain, statistics(alone), 1e-13)
+
+
+def case_statistics_of_a_sharded_average(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    model = fully_shard(Residual().double(), mesh=line(ranks.world))
+    averages = WeightAverages(model, SWA(), dtype=torch.float64)
+    averages.update()
+    own = [batch.double() for batch in batches(8 * ranks.world)[ranks.rank :: ranks.world]]
+    before = deepcopy(dict(model.named_buffers()))
+    for sweeps in (0, 1):
+        with averages.swapped():
+            fastswa.update_bn(own, model, sweeps=sweeps, process_group=distributed.group.WORLD)
+            found = dict(model.named_buffers())
+            assert_equal_on_all_ranks(found, ranks)
+            assert not torch.equal(found["norms.0.running_mean"], before["norms.0.running_mean"])
+        assert_equal(dict(model.named_buffers()), before)
+    averages.update()

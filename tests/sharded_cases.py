@@ -184,6 +184,17 @@ def case_a_first_forward_pass_may_move_the_parts(ranks: Ranks) -> None:
         assert_equal(locals_of(model), before)
 
 
+def case_values_may_come_after_the_sharding(ranks: Ranks) -> None:
+    with torch.device("meta"):
+        model = Transformer()
+    fsdp(model, line(ranks.world))
+    with pytest.raises(ValueError, match=r"'embedding\.weight' of the model is on the meta device and holds no values"):
+        WeightAverages(model, SWA())
+    model.to_empty(device="cpu")
+    write(model, transformer().state_dict())
+    assert_follows(model, transformer(), ranks.rank, 2)
+
+
 def case_an_average_is_written_into_a_model(ranks: Ranks) -> None:
     model = sharded(ranks)
     averages = WeightAverages(model, EMA(0.5))

@@ -75,11 +75,11 @@ def line(world: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
 
 
-def fsdp(model: Transformer, mesh: DeviceMesh) -> Transformer:
+def fsdp(model: Transformer, mesh: DeviceMesh, **options: object) -> Transformer:
     """Shard each layer and the rest."""
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def training(model: nn.Module, rank: int) -> Callable[[int], None]:

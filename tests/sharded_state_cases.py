@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Mapping
 
 import pytest
@@ -13,13 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import distribute_tensor as distribute
 
-from fastswa import EMA, WeightAverages
+from fastswa import EMA, WeightAverages, shards
 from tests.processes import Ranks
 from tests.sharded_models import (
     RULES,
     Transformer,
     assert_equal,
     assert_same_averages,
+    collectives,
     fsdp,
     line,
     transformer,
@@ -87,6 +89,27 @@ def case_a_checkpoint_takes_the_averages_themselves(ranks: Ranks) -> None:
     checkpoint.load({"averages": other}, checkpoint_id=ranks.directory / "stateful")
     assert other.n_averaged == averages.n_averaged
     assert_equal(local(other.weights("ema")), local(kept))
+
+
+def case_whole_weights_are_gathered_one_by_one(ranks: Ranks) -> None:
+    model = sharded(ranks)
+    averages = averaged(model, slice(3))
+    made: list[weakref.ref[Tensor]] = []
+    together: list[int] = []
+
+    def gathered(tensor: Tensor) -> Tensor:
+        together.append(sum(reference() is not None for reference in made))
+        result = gather(tensor)
+        made.extend([weakref.ref(result)] if isinstance(tensor, DTensor) else [])
+        return result
+
+    gather = shards.gathered
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "gathered", gathered)
+        count = collectives(lambda: averages.weights("ema", full=True))
+    # The tied one once; no other is whole while the next is gathered.
+    assert count == len(made) == len(list(model.parameters()))
+    assert set(together) == {0}
 
 
 def case_a_state_is_the_averages_own_memory(ranks: Ranks) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.killed_rank import TIMEOUT
+from tests.killed_rank import TIMEOUT, lose_a_rank
+from tests.processes import start
 
 
 @pytest.mark.parametrize(
@@ -17,19 +15,12 @@ from tests.killed_rank import TIMEOUT
     [("killed", "construction"), ("hangs", "construction"), ("killed", "export"), ("killed", "mean")],
 )
 def test_the_other_rank_ends_with_an_error(tmp_path: Path, how: str, where: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.killed_rank"]
-    first, second = (
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path), how, where], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    )
+    first, second = start(lose_a_rank, 2, tmp_path, how, where)
     try:
         # A minute for both to start on a busy machine; then only a hang takes longer than the timeout.
-        printed, _ = first.communicate(timeout=60 + 5 * TIMEOUT)
+        first.join(60 + 5 * TIMEOUT)
     finally:
+        first.kill()
         second.kill()
-        second.communicate()
-    assert first.returncode == 3
-    assert "Error after" in printed
+    assert first.exitcode == 3
+    assert "Error: " in (tmp_path / "error").read_text()

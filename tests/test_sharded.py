@@ -14,6 +14,7 @@ MODULES = [
     "tests.parallel_cases",
     "tests.agreement_cases",
     "tests.ranks_cases",
+    "tests.readme_cases",
 ]
 Outcome = dict[str, list[str | None]]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 
 from fastswa import SWA, WeightAverages, average_across_ranks_, shards
@@ -33,6 +34,14 @@ def test_a_part_keeps_its_memory_dtype_and_device(alone: None) -> None:
     assert (whole.dtype, whole.device, whole.requires_grad) == (torch.float32, torch.device("cpu"), False)
     assert whole.to_local().data_ptr() == part.data_ptr()
     assert shards.placed(part, part) is part
+
+
+def test_the_older_fsdp_is_refused(alone: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+    with pytest.raises(TypeError, match=r"'1' is FullyShardedDataParallel.*shard it by .*fully_shard"):
+        WeightAverages(model, SWA())
+    with pytest.raises(TypeError, match="the model is FullyShardedDataParallel"):
+        WeightAverages(model[1], SWA())
 
 
 def test_nobody_else_imports_dtensor() -> None:
