@@ -1,9 +1,9 @@
 """Notice that a module's tensors were replaced or moved, without walking the module.
 
 Walking `parameters()` costs several times more than this check, which compares the dictionaries that hold the tensors
-with copies of them, in C. Still it is the largest fixed cost of an update on a CPU: not for its instructions, but because
-each object that it touches may be a cache miss. An identity touches the tensor's Python object, an address two objects
-more.
+with copies of them, in C. Still it is the largest fixed cost of an update on a CPU: not for its instructions, but
+because each object that it touches may be a cache miss. An identity touches the tensor's Python object, an address two
+objects more.
 """
 
 from __future__ import annotations
@@ -80,6 +80,6 @@ class TensorWatch:
 
 def _has_own_equality(held: object) -> bool:
     """Whether something may say that it equals another object; a plain tensor of several elements raises."""
-    if type(held) in (Tensor, nn.Parameter, nn.Buffer):
-        return held.numel() == 1  # type: ignore[attr-defined]
+    if isinstance(held, Tensor) and type(held) in (Tensor, nn.Parameter):
+        return held.numel() == 1
     return type(held).__eq__ is not object.__eq__
