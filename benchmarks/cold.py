@@ -1,4 +1,4 @@
-"""Times what is paid once: imports, construction and first update, and an update that finds a tensor in other memory."""
+"""Times what is paid once: imports, construction and first update, and updates that find a tensor in other memory."""
 
 from __future__ import annotations
 

@@ -163,7 +163,9 @@ def measure_case(
 
 def _less(own: Times, alone: Times) -> Times:
     """What steps take longer than the others of their round."""
-    return Times([[one - other for one, other in zip(*pair, strict=True)] for pair in zip(own.runs, alone.runs, strict=True)])
+    return Times(
+        [[one - other for one, other in zip(*pair, strict=True)] for pair in zip(own.runs, alone.runs, strict=True)]
+    )
 
 
 def _figures(name: str, added: Mapping[str, Times], alone: Times) -> dict[str, float]:
@@ -171,7 +173,9 @@ def _figures(name: str, added: Mapping[str, Times], alone: Times) -> dict[str, f
         return {}
     own = added[name]
     values = {f"p{percent}_us": own.percentile(percent) for percent in (20, 50, 80)}
-    rounds = [(statistics.median(more), statistics.median(step)) for more, step in zip(own.runs, alone.runs, strict=True)]
+    rounds = [
+        (statistics.median(more), statistics.median(step)) for more, step in zip(own.runs, alone.runs, strict=True)
+    ]
     values["share_of_step"] = float(np.median([more / (more + step) for more, step in rounds]))
     ours = added.get(OURS)
     if ours is not None and all(statistics.median(block) > 0 for block in ours.runs):

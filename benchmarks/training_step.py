@@ -1,4 +1,4 @@
-"""Steps of forward and backward pass and optimizer, with an average or without: what `python -m benchmarks step` times."""
+"""Training steps with an average or without: what `python -m benchmarks step` times."""
 
 from __future__ import annotations
 

@@ -205,7 +205,9 @@ class AveragedModel(swa_utils.AveragedModel):
             raise RuntimeError("update_parameters was not prepared: call it once with this model before the capture")
         reason = refusal(self.module, model)
         if reason is None:
-            sort_pairs(self.module, model, self.use_buffers)
+            if averaged is None:
+                # Before anything moves; otherwise ModuleUpdate refuses as well.
+                sort_pairs(self.module, model, self.use_buffers)
             # What is prepared serves later calls too, which may be outside inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 self._averaged = averaged or FlatModule(self.module)

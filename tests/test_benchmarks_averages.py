@@ -1,13 +1,10 @@
-"""The benchmark of several averages, of stochastic rounding, and of averaging beside a training step."""
+"""The benchmark of several averages, of stochastic rounding, and of SWAG."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +12,9 @@ import torch
 from torch import nn
 
 import fastswa
-from benchmarks import overlap, providers, record, swag_rule, update
-from benchmarks.__main__ import main
+from benchmarks import providers, swag_rule, update
 from benchmarks.cases import Shapes
-from benchmarks.networks import MLP
 from benchmarks.one_case import measure_case
-from benchmarks.overlap import BESIDE, OFFLOADED, VARIANTS, measure_steps
 from benchmarks.providers import CEILING, PLANS, Plan, Prepared
 from benchmarks.registry import providers_of
 from benchmarks.swag_rule import OUR_SWAG, PUBLISHED, SWAGS
@@ -205,52 +199,6 @@ def test_the_plans_hold_what_the_targets_ask() -> None:
         for case in ("resnet50", "gpt2"):
             assert "fp32_k4" in update.plans(device, case)
         assert any("bf16_stochastic" in update.plans(device, case) for case in ("resnet20", "gpt2"))
-
-
-def test_a_cpu_measures_no_overlap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(update, "plans", lambda device, case: [])
-    output = tmp_path / "results.csv"
-    assert main(["update", "--cases", "resnet50", "--output", str(output)]) == 0
-    assert "overlap, offload: not measured: needs a GPU" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_steps_of_every_variant_are_checked_and_recorded(tmp_path: Path) -> None:
-    rows = measure_steps(MLP, (4, 784), CPU, "command", steps=2, rounds=2)
-    assert [row.variant for row in rows] == list(VARIANTS)
-    for row in rows:
-        assert row.checked == YES
-        assert row.p50_ms is not None
-        assert (row.host_us is None) == (row.averages == 0)
-    assert all(row.variant in overlap.table(rows) for row in rows)
-    record.write(tmp_path / "overlap.csv", rows, overlap.Row)
-    with (tmp_path / "overlap.csv").open(newline="") as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == list(VARIANTS)
-
-
-def test_steps_with_a_wrong_average_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Late(fastswa.WeightAverages):
-        """Averages that miss every second update."""
-
-        def __init__(self, *arguments: object, device: str | None = None) -> None:
-            super().__init__(*arguments)
-            self._calls = 0
-
-        def update(self, skip: torch.Tensor | None = None) -> None:
-            self._calls += 1
-            if self._calls % 2:
-                super().update(skip)
-
-    def make(*arguments: object, **options: object) -> fastswa.WeightAverages:
-        return (Late if "device" in options else partial(fastswa.WeightAverages))(*arguments, **options)
-
-    monkeypatch.setattr(overlap, "fastswa", SimpleNamespace(WeightAverages=make, EMA=fastswa.EMA))
-    rows = {row.variant: row for row in measure_steps(MLP, (4, 784), CPU, "command", steps=1, rounds=1)}
-    assert rows[OFFLOADED].checked.startswith("wrong: 0.weight is off by")
-    assert rows[OFFLOADED].p50_ms is None
-    assert rows[BESIDE].p50_ms is not None
 
 
 def test_the_lists_share_their_buffers() -> None:

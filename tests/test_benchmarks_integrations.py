@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import import_time, integrations
+from benchmarks import integrations
 from benchmarks.__main__ import main
 from benchmarks.cases import Shapes
 from benchmarks.integrations import LIBRARIES, slower
@@ -174,11 +174,3 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     imported = {name.split(".")[0] for name in json.loads(printed)}
     assert imported - sys.stdlib_module_names - {"torch", "numpy"} == {"fastswa", "fastswa_kernels"}
-
-
-def test_imports_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(import_time, "MODULES", ("json", "fractions"))
-    assert main(["import_time", "--rounds", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "import json" in printed
-    assert printed.splitlines()[-1].startswith(("met: ", "NOT MET: "))

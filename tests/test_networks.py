@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import batch_norm, conv2d, relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.networks import TRAINED, PreResNet, WideResNet, build
+from benchmarks.cases import CASES
+from benchmarks.networks import GPT2, TRAINED, PreResNet, WideResNet, build
 
 # CIFAR-10, from the tables of github.com/osmr/imgclsmob, which count the same pre-activation ResNets.
 PRERESNET20, PRERESNET164, PRERESNET272 = 272_282, 1_703_258, 2_816_090
@@ -118,3 +119,21 @@ def test_blocks_against_their_definition() -> None:
             else:
                 expected = expected + images
             torch.testing.assert_close(block(images), expected)
+
+
+def test_gpt2_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        model = GPT2()
+    shapes = sorted(tuple(parameter.shape) for parameter in model.parameters())
+    assert shapes == sorted(shape for _, shape, _ in CASES["gpt2"]())
+
+
+def test_gpt2_looks_back_only() -> None:
+    torch.manual_seed(0)
+    model = GPT2(layers=2, width=16, heads=2, vocabulary=30, context=8)
+    tokens = torch.randint(30, (2, 8))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 30
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])

@@ -86,7 +86,9 @@ def lines(axes: Axes, rows: Sequence[Measurement], column: str, shown: Mapping[s
         axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), **style.line(label=name))
         doubtful = [(x, y) for x, y, other in points if other and style.marker]
         if doubtful:
-            hollow = style.line(linestyle="", markerfacecolor="white", markeredgecolor=style.colour, markeredgewidth=1.2)
+            hollow = style.line(
+                linestyle="", markerfacecolor="white", markeredgecolor=style.colour, markeredgewidth=1.2
+            )
             axes.plot(*zip(*doubtful, strict=True), **hollow)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -105,7 +107,9 @@ def named(figure: FigureBase, title: str, shown: Mapping[str, Style], hollow: bo
         hollow: whether a point was disturbed.
         ceiling: what its line is.
     """
-    handles = [Line2D([], [], **style.line(label=ceiling if name == CEILING else name)) for name, style in shown.items()]
+    handles = [
+        Line2D([], [], **style.line(label=ceiling if name == CEILING else name)) for name, style in shown.items()
+    ]
     if hollow:
         note = "hollow: other processes ran in most rounds"
         handles.append(Line2D([], [], linestyle="", marker="o", color="0.4", markerfacecolor="white", label=note))
