@@ -28,7 +28,14 @@ PARTS: dict[str, str] = {
     "integrations": "integrations-",
 }
 """The commands, and how the names of their files begin."""
-SHORTER = {"cpu": {"integrations": ["--cases", "resnet50", "--seconds-per-case", "2"]}}
+SHORTER = {
+    "cpu": {
+        "swap": ["--cases", "resnet20", "preresnet164", "resnet50"],
+        "scaling": ["--largest", "10000000"],
+        "cold": ["--rounds", "3"],
+        "integrations": ["--cases", "resnet50", "--seconds-per-case", "2"],
+    }
+}
 """Options with which a part takes less than it would alone."""
 
 

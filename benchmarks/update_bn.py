@@ -22,7 +22,7 @@ from benchmarks.batch_norm.table import table
 from benchmarks.batch_norm.verify import YES
 from benchmarks.process import in_fresh_process
 
-SECONDS = {"cpu": 24.0, "cuda": 8.0}
+SECONDS = {"cpu": 16.0, "cuda": 8.0}
 GPU_ONLY = "resnet50_batch256"
 """Unless it is asked for: a pass takes a CPU of two cores a minute."""
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SOURCES,
         help=f"where batches wait; default: the model's device, and on a GPU the host too for one {GPU_ONLY}",
     )
-    parser.add_argument("--seconds-per-case", type=float, help="to spend on timing; default: 24, on a GPU 8")
+    parser.add_argument("--seconds-per-case", type=float, help="to spend on timing; default: 16, on a GPU 8")
     parser.add_argument("--output", type=Path, help="CSV file; default: benchmarks/results/update_bn-<device>.csv")
 
 
