@@ -31,9 +31,9 @@ PARTS: dict[str, str] = {
 SHORTER = {
     "cpu": {
         "swap": ["--cases", "resnet20", "preresnet164", "resnet50"],
-        "scaling": ["--largest", "10000000"],
+        "scaling": ["--series", "size", "averages", "--largest", "10000000"],
         "cold": ["--rounds", "3"],
-        "integrations": ["--cases", "resnet50", "--seconds-per-case", "2"],
+        "integrations": ["--cases", "resnet50", "--seconds-per-case", "1.5"],
     }
 }
 """Options with which a part takes less than it would alone."""

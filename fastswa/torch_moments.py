@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class TorchMoments:
                 continue
             compute = distance.flat.dtype
             # As the arithmetic holds it, so that 1 - w is its counterpart.
-            w = torch.tensor(weight, dtype=compute).item()
+            w = weight if compute == torch.float64 else float(np.float32(weight))
             torch._foreach_copy_(distance.views, sources)
             torch._foreach_sub_(distance.views, means)
             if w < 0.5 or means[0].dtype != compute:

@@ -151,6 +151,7 @@ def test_a_file_without_a_column_is_refused_by_name(tmp_path: Path, capsys: pyte
     assert main(command) == 1
     assert f"update.png: {path} has no column 'share_of_ceiling'" in capsys.readouterr().err
     path.unlink()
+    (results / "step-cpu.csv").unlink()
     assert main(command) == 0
     assert "update.png: not drawn, cpu.csv is not there" in capsys.readouterr().out
     assert "not measured yet" in readme.read_text()

@@ -91,12 +91,6 @@ def committed() -> list[Result]:
     return [Result(**{key: numbers.get(key, str)(value) for key, value in row.items()}) for row in rows]
 
 
-def test_the_readme_s_table_is_that_of_the_committed_file() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for line in comparison.table(committed()).splitlines()[1 : len(METHODS) + 1]:
-        assert "| " + " | ".join(re.split(r"\s{2,}", line)) + " |" in readme
-
-
 def test_the_command_gives_the_committed_numbers() -> None:
     """A seed again: float64, so that it does not matter on which processor."""
     first = committed()[0]

@@ -35,7 +35,7 @@ class Case:
 
 CASES = {
     "mlp": Case(MLP, (128, 784), {"cpu": 100, "cuda": 100}),
-    "preresnet164": Case(PreResNet164, (128, 3, 32, 32), {"cpu": 2, "cuda": 20}),
+    "preresnet164": Case(PreResNet164, (128, 3, 32, 32), {"cpu": 1, "cuda": 20}),
     "resnet50_batch8": Case(ResNet50, (8, 3, 224, 224), {"cpu": 2, "cuda": 20}),
     "resnet50_batch256": Case(ResNet50, (256, 3, 224, 224), {"cpu": 2, "cuda": 10}),
 }

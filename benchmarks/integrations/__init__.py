@@ -86,10 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{library}: skipped, {LIBRARIES[library]} is not installed")
             continue
         for case in arguments.cases:
-            # Not in the process that is timed: what the check allocates changes what a CPU's allocator keeps.
-            verdicts = in_fresh_process(check_pair, library, case, device)
-            release = version(LIBRARIES[library])
-            pair = in_fresh_process(measure_pair, library, release, case, device, seconds, command, verdicts)
+            # Of its own: a library's imports stay with it, and no peak of memory of one case is the next one's.
+            pair = in_fresh_process(_compared, library, case, device, seconds, command)
             print(table(pair), flush=True)
             rows += pair
     path = arguments.output or record.default_path(device, "integrations-")
@@ -101,6 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
     for row in wrong:
         print(f"{row.library}, {row.case}: {row.checked}", file=sys.stderr)
     return int(bool(wrong))
+
+
+def _compared(library: str, case: str, device: torch.device, seconds: float, command: str) -> list[PairRow]:
+    verdicts = check_pair(library, case, device)
+    return measure_pair(library, version(LIBRARIES[library]), case, device, seconds, command, verdicts)
 
 
 HEADING = f"{'':24} {'original us (20 %, 80 %)':>34} {'fastswa us (20 %, 80 %)':>34} {'times as fast':>14}"
