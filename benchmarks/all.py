@@ -1,6 +1,6 @@
 """Runs all benchmarks of one device, each in a process of its own, and says which targets are met.
 
-The sizes are chosen for a CPU of two cores: `python -m benchmarks all` takes under ten minutes there.
+The sizes are chosen for a CPU of two cores: `python -m benchmarks all` is to take under ten minutes there.
 """
 
 from __future__ import annotations
