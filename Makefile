@@ -39,6 +39,9 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/check: $(VENV)/%: $(STAMP) pypro
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks demo
 
+# A core for each process; a worker takes on tests that are next to each other, which share what they set up.
+test check: export PYTEST_ADDOPTS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
 test: $(VENV)/test
 	$(BIN)/python -m pytest --durations=10
 

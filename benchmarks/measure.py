@@ -134,6 +134,8 @@ def measure(
     disturbed, patience = 0, PATIENCE * seconds
     collecting = gc.isenabled()
     gc.disable()
+    # What is there now, libraries and models, needs no search after each round: it would take a quarter of a second.
+    gc.freeze()
     try:
         while any(len(own.runs) < rounds for own in times.values()):
             order.shuffle(names)
@@ -151,6 +153,7 @@ def measure(
             for name in names:
                 times[name].extend(turn[name])
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return times, disturbed

@@ -83,7 +83,7 @@ TOGETHER = [*([name] for name in ALGORITHMS), *(list(ALGORITHMS)[first : first +
 @pytest.mark.parametrize("precision", ["float32", "bfloat16, stochastic"])
 def test_two_hundred_steps_follow_float64(names: list[str], precision: str, backend: str) -> None:
     # The interpreter takes milliseconds for each tensor.
-    model = small() if backend == "torch" else nn.Linear(5, 3)
+    model = small() if backend == "torch" else nn.Linear(5, 3, bias=False)
     rules = {name: ALGORITHMS[name] for name in names}
     averages = WeightAverages(model, rules, backend=backend, **PRECISIONS[precision])
     start, models = values(model), []
