@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+import torch
+
 COMMANDS = {
     "demo": "train on scikit-learn's digits: SGD, SWA and EMA side by side",
     "train": "train a network by SGD, with SWA, EMA and SWAG, with the settings of the SWA paper's authors",
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the command line without the program's name.
 
     Returns:
-        The exit status: 0 if everything that was promised holds.
+        The exit status: 0 if everything that was promised holds; 2 if there is no such device.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str]) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
+    if getattr(parsed, "device", None) == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is available", file=sys.stderr)
+        return 2
     return int(parsed.run(parsed))
 
 

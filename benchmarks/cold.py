@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks import record
 from benchmarks.cases import Shapes
 from benchmarks.cold_import import KINDS, MODULES, import_times
 from benchmarks.cold_updates import FIRSTS, MOVES, PLAN, first_updates, moved_updates
+from benchmarks.ending import end, wrong_results
 from benchmarks.measure import Times, ratio, ratio_percentiles
 from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.table import short
@@ -76,12 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa gave a wrong result; 2 if there is no such device.
+        0; 1 if fastswa gave a wrong result.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     cases = CASES[device.type] if arguments.cases is None else arguments.cases
     rounds, seconds = arguments.rounds or ROUNDS[device.type], arguments.seconds_per_case
     command = f"python -m benchmarks cold --device {device.type} --rounds {rounds} --seconds-per-case {seconds:g}"
@@ -93,13 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(measured), flush=True)
         rows += measured
         record.write(path, rows, Row)
-    print(f"{len(rows)} measurements in {path}")
     for verdict in judged(device.type, "cold", [asdict(row) for row in rows]):
         print(f"{verdict.target.work}: {verdict.line()}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
-    for row in wrong:
-        print(f"{row.quantity}, {row.case}: {row.provider}: {row.checked}", file=sys.stderr)
-    return int(bool(wrong))
+    return end(path, rows, wrong_results(rows, "quantity", "case"))
 
 
 def measurements(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.clocks import CPUClock, CUDAClock
+from benchmarks.ending import end, wrong_results
 from benchmarks.measure import measure
 from benchmarks.one_case import figures, settle_allocator
 from benchmarks.providers import CEILING, Plan, Provider, update_bytes
@@ -126,12 +126,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa gave a wrong result; 2 if there is no such device.
+        0; 1 if fastswa gave a wrong result.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     seconds, largest = arguments.seconds_per_point, arguments.largest or LARGEST[device.type]
     command = f"python -m benchmarks scaling --device {device.type} --seconds-per-point {seconds:g}"
     if largest != LARGEST[device.type]:
@@ -151,11 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
             record.write(path, [*rows, *measured], Row)
         print(table(measured), flush=True)
         rows += measured
-    print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
-    for row in wrong:
-        print(f"{row.series} {row.x}: {row.provider}: {row.checked}", file=sys.stderr)
-    return int(bool(wrong))
+    return end(path, rows, wrong_results(rows, "series", "x"))
 
 
 def points(series: str, largest: int, elements: int) -> list[Point]:

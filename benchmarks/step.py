@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -20,12 +19,12 @@ import torch
 
 from benchmarks import record
 from benchmarks.clocks import PassClock, ReportedClock
+from benchmarks.ending import end, wrong_results
 from benchmarks.measure import ROUNDS, Times, measure, ratio, ratio_percentiles
 from benchmarks.one_case import settle_allocator
 from benchmarks.providers import OURS
 from benchmarks.table import short
 from benchmarks.training_step import OFFLOAD, OVERLAP, WAYS, WORKS, Training, Way, Work, trainings
-from benchmarks.verify import right
 
 SECONDS = 20.0
 STEPS = 20
@@ -84,12 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa gave a wrong result; 2 if there is no such device.
+        0; 1 if fastswa gave a wrong result.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     command = f"python -m benchmarks step --device {device.type}"
     if device.type == "cpu":
         command += f" --seconds {arguments.seconds:g}"
@@ -102,11 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(measured), flush=True)
         rows += measured
         record.write(path, rows, Row)
-    print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
-    for row in wrong:
-        print(f"{row.case}: {row.provider}: {row.checked}", file=sys.stderr)
-    return int(bool(wrong))
+    return end(path, rows, wrong_results(rows, "case"))
 
 
 def measure_case(

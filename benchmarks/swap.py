@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +13,14 @@ from benchmarks import record
 from benchmarks.cases import CASES, Shapes
 from benchmarks.clocks import CPUClock, CUDAClock
 from benchmarks.counts import peak_extra_bytes
+from benchmarks.ending import end, wrong_results
 from benchmarks.measure import measure
 from benchmarks.one_case import figures, settle_allocator
 from benchmarks.providers import CEILING, moving
 from benchmarks.swap_providers import LENDERS, SWAPPED, Lending, prepare
 from benchmarks.table import short
 from benchmarks.update import GPU_ONLY
-from benchmarks.verify import CEILING_NOTE, YES
+from benchmarks.verify import CEILING_NOTE
 
 SECONDS = 2.5
 
@@ -84,12 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa did not give the average or the weights back; 2 if there is no such device.
+        0; 1 if fastswa did not give the average or the weights back.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     seconds = arguments.seconds_per_case
     command = f"python -m benchmarks swap --device {device.type} --seconds-per-case {seconds:g}"
     if len(arguments.cases) < len(CASES) - 1:
@@ -101,11 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(measured), flush=True)
         rows += measured
         record.write(path, rows, Row)
-    print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and row.checked != YES]
-    for row in wrong:
-        print(f"{row.case}: {row.provider}: {row.checked}", file=sys.stderr)
-    return int(bool(wrong))
+    return end(path, rows, wrong_results(rows, "case"))
 
 
 def measure_case(case: str, device: torch.device, seconds: float, command: str) -> list[Row]:

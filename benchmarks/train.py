@@ -67,9 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0; 1 if the loss was not finite any more; 2 for options or files that can't be; 130 after an interrupt.
     """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     # The images always have the same size, so that the fastest convolutions are worth looking for.
     torch.backends.cudnn.benchmark = True
     try:

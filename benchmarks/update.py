@@ -15,11 +15,11 @@ import torch
 
 from benchmarks import ncu, record
 from benchmarks.cases import CASES
+from benchmarks.ending import end, wrong_results
 from benchmarks.one_case import measure_case
 from benchmarks.providers import PLANS
 from benchmarks.record import Row
 from benchmarks.table import table
-from benchmarks.verify import right
 
 GPU_ONLY = "llama8b"
 AVERAGED = ("resnet50", "gpt2")
@@ -57,9 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     device = torch.device(arguments.device)
     cases = arguments.cases or [case for case in CASES if device.type == "cuda" or case != GPU_ONLY]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     if device.type == "cpu" and GPU_ONLY in cases:
         print(f"{GPU_ONLY} needs a GPU: its averages take 16 GB each", file=sys.stderr)
         return 2
@@ -81,13 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
             record.write(path, rows)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if row.provider.startswith("fastswa ") and not right(row.checked)]
-    for row in wrong:
-        print(f"{row.case} {row.plan}: {row.provider}: {row.checked}", file=sys.stderr)
     if not arguments.plans and not arguments.cases:
         ncu.run(device, command, arguments.output)
-    return int(bool(wrong))
+    return end(path, rows, wrong_results(rows, "case", "plan"))
 
 
 def plans(device: torch.device, case: str) -> Sequence[str]:

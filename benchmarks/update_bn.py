@@ -17,9 +17,8 @@ import torch
 from benchmarks import record
 from benchmarks.batch_norm.cases import CASES, PRECISIONS, SOURCES
 from benchmarks.batch_norm.one_case import Row, measure_case
-from benchmarks.batch_norm.providers import PROVIDERS
 from benchmarks.batch_norm.table import table
-from benchmarks.batch_norm.verify import YES
+from benchmarks.ending import end, wrong_results
 from benchmarks.process import in_fresh_process
 
 SECONDS = {"cpu": 16.0, "cuda": 8.0}
@@ -53,12 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if fastswa gave a wrong result or a case died; 2 if there is no such device.
+        0; 1 if fastswa gave a wrong result or a case died.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     seconds = arguments.seconds_per_case or SECONDS[device.type]
     command = f"python -m benchmarks update_bn --device {device.type} --seconds-per-case {seconds:g}"
     for option in ("cases", "precisions", "batches_from"):
@@ -78,11 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows += measured
     path = arguments.output or record.default_path(device, "update_bn-")
     record.write(path, rows, Row)
-    print(f"{len(rows)} measurements in {path}")
-    wrong = [row for row in rows if PROVIDERS[row.provider].ours and row.checked != YES]
-    for row in wrong:
-        print(f"{row.case}, {row.precision}: {row.provider}: {row.checked}", file=sys.stderr)
-    return int(died or bool(wrong))
+    return max(int(died), end(path, rows, wrong_results(rows, "case", "precision")))
 
 
 def comparisons(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:

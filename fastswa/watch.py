@@ -8,6 +8,7 @@ objects more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import getitem, is_
 from typing import Any
 
@@ -25,8 +26,8 @@ class TensorWatch:
 
     Args:
         module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
-        every_address: if not, other memory shows only where `.to()` and its kin gave it; for a module whose memory
-            somebody else watches.
+        trusted: tensors of it whose own memory need not be looked at, because somebody else watches it or because it
+            does not matter where it is. Other memory of theirs shows only where `.to()` and its kin gave it.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -36,21 +37,23 @@ class TensorWatch:
         False
     """
 
-    def __init__(self, module: nn.Module, every_address: bool = True) -> None:
+    def __init__(self, module: nn.Module, trusted: Iterable[Tensor] = ()) -> None:
         parts = list(module.modules())
-        self._slots: list[dict[str, Any]] = [
+        slots: list[dict[str, Any]] = [
             slot for part in parts for slot in (part._parameters, part._buffers, part._modules)
         ]
+        self._slots, self._empty = list(filter(None, slots)), [slot for slot in slots if not slot]
         self._held = [dict(slot) for slot in self._slots]
         named = [(slot, name) for slot in self._slots for name in slot if _has_own_equality(slot[name])]
         self._owners, self._names = [slot for slot, _ in named], [name for _, name in named]
         self._compared_first = [slot[name] for slot, name in named]
-        if every_address:
-            self._tensors = [held for slot in self._held for held in slot.values() if isinstance(held, Tensor)]
-        else:
+        known = set(map(id, trusted))
+        self._tensors: list[Tensor] = []
+        for part in parts:
+            own = [held for slot in (part._parameters, part._buffers) for held in slot.values() if held is not None]
+            doubtful = [tensor for tensor in own if id(tensor) not in known]
             # Module.to moves all of a part's tensors, and gives every buffer a new identity.
-            firsts = (next(iter(part.parameters(recurse=False)), None) for part in parts if not part._buffers)
-            self._tensors = [tensor for tensor in firsts if tensor is not None]
+            self._tensors += doubtful or ([] if part._buffers else own[:1])
         self._sharded = list(filter(shards.is_sharded, self._tensors))
         self._parts = list(map(shards.held, self._sharded))
         if self._sharded:
@@ -70,8 +73,10 @@ class TensorWatch:
         try:
             # Dictionaries are equal that hold the same objects; of others the values are asked, and those whose answer
             # could be yes were looked at before.
-            return all(map(is_, map(getitem, self._owners, self._names), self._compared_first)) and (
-                self._slots == self._held
+            return (
+                all(map(is_, map(getitem, self._owners, self._names), self._compared_first))
+                and self._slots == self._held
+                and not any(self._empty)
             )
         except Exception:
             # A name is gone, or a tensor of several elements is neither equal to another nor different.

@@ -59,11 +59,12 @@ def test_every_part_runs_and_is_judged(
     assert counts == f"0 met, 1 NOT MET, {len(asked) - 1} not measured"
 
 
+@pytest.mark.parametrize("command", ["all", *every.PARTS, "train"])
 def test_without_a_gpu_none_is_measured(
-    monkeypatch: pytest.MonkeyPatch, calls: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, calls: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["all", "--device", "cuda"]) == 2
+    assert main([command, "--device", "cuda"]) == 2
     assert not calls
     assert "no CUDA device" in capsys.readouterr().err
 

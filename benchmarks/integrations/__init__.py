@@ -9,7 +9,6 @@ average (no delayed start, no update that is left out).
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.cases import CASES
+from benchmarks.ending import end
 from benchmarks.integrations.check import ORIGINAL, OURS, check_pair
 from benchmarks.integrations.pair import PairRow, measure_pair
 from benchmarks.measure import ROUNDS
@@ -61,12 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: as `add_arguments` declares them.
 
     Returns:
-        0; 1 if a stand-in gave a wrong result; 2 if the device can't do what was asked.
+        0; 1 if a stand-in gave a wrong result.
     """
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device is available", file=sys.stderr)
-        return 2
     seconds = arguments.seconds_per_case
     command = f"python -m benchmarks integrations --device {device.type} --seconds-per-case {seconds:g}"
     command += "".join(
@@ -92,13 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
             rows += pair
     path = arguments.output or record.default_path(device, "integrations-")
     record.write(path, rows, PairRow)
-    print(f"{len(rows)} measurements in {path}")
     for line in slower(rows):
         print(line)
-    wrong = [row for row in rows if row.implementation == OURS and row.checked != YES]
-    for row in wrong:
-        print(f"{row.library}, {row.case}: {row.checked}", file=sys.stderr)
-    return int(bool(wrong))
+    own = [row for row in rows if row.implementation == OURS]
+    return end(path, rows, [f"{row.library}, {row.case}: {row.checked}" for row in own if row.checked != YES])
 
 
 def _compared(library: str, case: str, device: torch.device, seconds: float, command: str) -> list[PairRow]:
