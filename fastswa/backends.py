@@ -71,7 +71,7 @@ def prepare(
     copy_from: Sequence[Tensor],
     backend: str,
     flat: FlatBuffers,
-) -> tuple[Update, list[Tensor]]:
+) -> Update:
     """Choose the code for each device that holds averages, and let it prepare.
 
     Args:
@@ -83,22 +83,19 @@ def prepare(
         flat: the buffers in which `averages` and `copy_to` lie.
 
     Returns:
-        The prepared update, and the sources that it finds wherever their memory is by then.
+        The prepared update.
 
     Raises:
         ValueError: sources that overlap the averages in memory.
         RuntimeError: "triton" was asked for by name and can't run; says why.
     """
     updates: list[Update] = []
-    followed: list[Tensor] = []
     for device in dict.fromkeys(tensor.device for tensor in (*averages, *copy_to)):
         lerps = [pair for pair in zip(averages, sources, strict=True) if pair[0].device == device]
         copies = [pair for pair in zip(copy_to, copy_from, strict=True) if pair[0].device == device]
         make = triton_update if choose(backend, device) == "triton" else torch_update
-        update, live = make(lerps, copies, flat)
-        updates.append(update)
-        followed += live
-    return updates[0] if len(updates) == 1 else Several(updates), followed
+        updates.append(make(lerps, copies, flat))
+    return updates[0] if len(updates) == 1 else Several(updates)
 
 
 def prepare_sets(

@@ -60,8 +60,7 @@ class ListUpdate:
         # What is prepared serves later calls too, which may be outside inference mode. It gets aliases of the sources,
         # so that these may end.
         with torch.inference_mode(False), torch.no_grad():
-            self._update: Lerp | None
-            self._update, _ = prepare_lerp(
+            self._update: Lerp | None = prepare_lerp(
                 [_real(pair.average) for pair in lerps],
                 [_real(pair.source) for pair in lerps],
                 [pair.average for pair in copies],

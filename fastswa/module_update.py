@@ -38,7 +38,7 @@ class FlatModule:
         self.module = module
         parameters, buffers = list(module.parameters()), list(module.buffers())
         self.buffers = FlatBuffers([*sorted(parameters, key=_neighbourhood), *sorted(buffers, key=_neighbourhood)])
-        self._watch = TensorWatch(module, trusted=(*parameters, *buffers))
+        self._watch = TensorWatch(module, every_address=False)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether this is the module, and its tensors are still in the buffers.
@@ -81,8 +81,7 @@ class ModuleUpdate:
         """Whether the update may find itself in the capture of a CUDA graph."""
         averages = [pair.average for pair in lerps]
         self._trained = [tensor for tensor in averages if tensor.requires_grad and not tensor.is_inference()]
-        self._update: Lerp | None
-        self._update, followed = prepare_lerp(
+        self._update: Lerp | None = prepare_lerp(
             list(map(_real, averages)),
             [_real(pair.source) for pair in lerps],
             [pair.average for pair in copies],
@@ -91,7 +90,7 @@ class ModuleUpdate:
             averaged.buffers,
             stochastic,
         )
-        self._watch: TensorWatch | None = TensorWatch(model, trusted=followed)
+        self._watch: TensorWatch | None = TensorWatch(model)
         # The prepared lists would keep the model's memory alive after the model is gone.
         self._model = weakref.ref(model, partial(_forget, weakref.ref(self)))
 
@@ -136,7 +135,7 @@ def prepare_lerp(
     backend: str,
     flat: FlatBuffers,
     stochastic: bool,
-) -> tuple[Lerp, Sequence[Tensor]]:
+) -> Lerp:
     """Prepare the update of one set of averages, with or without stochastic rounding.
 
     Args:
@@ -144,22 +143,20 @@ def prepare_lerp(
         stochastic: prepare for stochastic rounding; without half-precision averages nothing is rounded so.
 
     Returns:
-        The prepared update, and the sources that it finds wherever their memory is by then.
+        The prepared update.
 
     Raises:
         ValueError: sources that overlap the averages in memory.
         RuntimeError: "triton" was asked for by name and can't run; says why.
     """
     if not stochastic or not any(average.dtype in (torch.bfloat16, torch.float16) for average in averages):
-        update, followed = backends.prepare(averages, sources, copy_to, copy_from, backend, flat)
-        return lambda weight, random: update.lerp_(weight), followed
+        update = backends.prepare(averages, sources, copy_to, copy_from, backend, flat)
+        return lambda weight, random: update.lerp_(weight)
     numbers = shards.first_elements(averages)
     sets = backends.prepare_sets([averages], sources, copy_to, copy_from, backend, [flat], flat, numbers)
-
-    def lerp_(weight: float | Tensor, random: Random) -> None:
-        sets.lerp_(weight.reshape(1) if isinstance(weight, Tensor) else (weight,), random, None)
-
-    return lerp_, ()
+    return lambda weight, random: sets.lerp_(
+        weight.reshape(1) if isinstance(weight, Tensor) else (weight,), random, None
+    )
 
 
 def sort_pairs(averaged: nn.Module, model: nn.Module, use_buffers: bool) -> tuple[list[Pair], list[Pair]]:

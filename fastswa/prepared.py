@@ -17,7 +17,7 @@ TakeMoments = Callable[[float, int | None], None]
 """Takes one more model by a weight, its deviations into a slot or none."""
 
 
-def triton_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> tuple[Update, list[Tensor]]:
+def triton_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> Update:
     """One average of each source, by one launch.
 
     Args:
@@ -26,15 +26,15 @@ def triton_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> tuple[Updat
         flat: not needed.
 
     Returns:
-        The prepared update, and the sources that it finds wherever their memory is by then.
+        The prepared update.
     """
     from fastswa_kernels import LerpTable
 
     staged, averages = Staged(), [to for to, _ in lerps]
-    return staged.before(LerpTable(averages, *_readable(staged, lerps, copies))), []
+    return staged.before(LerpTable(averages, *_readable(staged, lerps, copies)))
 
 
-def torch_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> tuple[Update, list[Tensor]]:
+def torch_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> Update:
     """One average of each source, in plain torch.
 
     Args:
@@ -43,14 +43,13 @@ def torch_update(lerps: Pairs, copies: Pairs, flat: FlatBuffers) -> tuple[Update
         flat: the buffers in which what is written lies.
 
     Returns:
-        The prepared update, and the sources that it finds wherever their memory is by then.
+        The prepared update.
     """
     from fastswa.torch_update import TorchUpdate
 
     staged, averages = Staged(), [to for to, _ in lerps]
     sources = staged.replace(lerps, _elsewhere, keep_dtype=True)
-    update = TorchUpdate(averages, sources, *_columns(copies), flat)
-    return staged.before(update), update.followed
+    return staged.before(TorchUpdate(averages, sources, *_columns(copies), flat))
 
 
 def triton_sets(

@@ -38,27 +38,14 @@ class Gather:
     Args:
         pieces: one-dimensional tensors of one dtype.
         out: as long as they are together.
-        size: elements of it.
     """
 
     pieces: list[Tensor]
     out: Tensor
-    size: int
 
     def run(self) -> None:
-        """Lay the sources' present values there.
-
-        Raises:
-            ValueError: a source has another size by now; seen in their sum alone.
-        """
+        """Lay the sources' present values there."""
         torch.cat(self.pieces, out=self.out)
-        if self.out.numel() != self.size:
-            now = self.out.numel()
-            self.out.resize_(self.size)
-            raise ValueError(
-                f"a tensor got another size by .data: small one-dimensional ones had {self.size} elements together and "
-                f"now have {now}; give it back its size, or average the changed model anew"
-            )
 
 
 class Scratch:
@@ -154,11 +141,11 @@ def gathers(sources: Sequence[Tensor], out: Tensor) -> Iterator[Gather]:
         part = source if source.dim() == 1 and source.is_contiguous() else dense_view(source)
         assert part is not None  # _small saw to it
         if end + len(part) - start > GATHER:
-            yield Gather(parts, out[start:end], end - start)
+            yield Gather(parts, out[start:end])
             parts, start = [], end
         parts.append(part)
         end += len(part)
-    yield Gather(parts, out[start:end], end - start)
+    yield Gather(parts, out[start:end])
 
 
 def gathers_of_bits(sources: Sequence[Tensor], out: Tensor) -> Iterator[Gather]:

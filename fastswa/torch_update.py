@@ -37,20 +37,6 @@ class _Blend:
             self.average.copy_(self.wide_average.copy_(self.average).lerp_(source, weight))
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A stretch of buffer, and its sources. They are gathered elsewhere first, lest one that grew write past it."""
-
-    target: Tensor
-    packed: Tensor
-    before: Sequence[stretches.Gather]
-
-    def run(self) -> None:
-        for gather in self.before:
-            gather.run()
-        self.target.copy_(self.packed)
-
-
 class TorchUpdate:
     r"""A prepared update over fixed tensors.
 
@@ -90,18 +76,13 @@ class TorchUpdate:
                 self._blends += [self._blend(*piece) for piece in stretches.pieces(average, source)]
 
         runs, alone = stretches.groups(copy_to, copy_from, flat, keep_dtype=True)
-        self._copies: list[_Copy] = []
-        for target, members in _stretches(runs, copy_to, copy_from, flat):
-            packed = self._scratch.room(target.dtype, "packed", target)
-            self._copies.append(_Copy(target, packed, list(stretches.gathers_of_bits(members, packed))))
+        self._copies = [
+            gather
+            for target, members in _stretches(runs, copy_to, copy_from, flat)
+            for gather in stretches.gathers_of_bits(members, target)
+        ]
         self._copy_to = [copy_to[index] for index in alone]
         self._copy_from = [copy_from[index] for index in alone]
-
-        gathered = {
-            id(piece) for each in (*self._blends, *self._copies) for gather in each.before for piece in gather.pieces
-        }
-        self.followed = [source for source in (*sources, *copy_from) if id(source) in gathered]
-        """The sources that are read through the tensors themselves, not through views, wherever their memory is."""
 
     # With gradients merely off, autograd still looks at each of the many tensors.
     @torch.inference_mode()
@@ -124,8 +105,8 @@ class TorchUpdate:
                 blend.lerp_(weight)
             for averages, sources in self._foreach.values():
                 torch._foreach_lerp_(averages, sources, weight)
-        for copy in self._copies:
-            copy.run()
+        for gather in self._copies:
+            gather.run()
         if self._copy_to:
             torch._foreach_copy_(self._copy_to, self._copy_from)
 

@@ -8,7 +8,6 @@ objects more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import getitem, is_
 from typing import Any
 
@@ -26,8 +25,8 @@ class TensorWatch:
 
     Args:
         module: the module to watch. The watch keeps its tensors alive and its parts, not the module itself.
-        trusted: tensors of it whose own memory need not be looked at, because somebody else watches it or because it
-            does not matter where it is. Other memory of theirs shows only where `.to()` and its kin gave it.
+        every_address: if not, other memory shows only where `.to()` and its kin gave it; for a module whose memory
+            somebody else watches.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -37,23 +36,22 @@ class TensorWatch:
         False
     """
 
-    def __init__(self, module: nn.Module, trusted: Iterable[Tensor] = ()) -> None:
+    def __init__(self, module: nn.Module, every_address: bool = True) -> None:
         parts = list(module.modules())
         slots: list[dict[str, Any]] = [
             slot for part in parts for slot in (part._parameters, part._buffers, part._modules)
         ]
-        self._slots, self._empty = list(filter(None, slots)), [slot for slot in slots if not slot]
+        self._slots, self._empty = [slot for slot in slots if slot], [slot for slot in slots if not slot]
         self._held = [dict(slot) for slot in self._slots]
         named = [(slot, name) for slot in self._slots for name in slot if _has_own_equality(slot[name])]
         self._owners, self._names = [slot for slot, _ in named], [name for _, name in named]
         self._compared_first = [slot[name] for slot, name in named]
-        known = set(map(id, trusted))
-        self._tensors: list[Tensor] = []
-        for part in parts:
-            own = [held for slot in (part._parameters, part._buffers) for held in slot.values() if held is not None]
-            doubtful = [tensor for tensor in own if id(tensor) not in known]
+        if every_address:
+            self._tensors = [held for slot in self._held for held in slot.values() if isinstance(held, Tensor)]
+        else:
             # Module.to moves all of a part's tensors, and gives every buffer a new identity.
-            self._tensors += doubtful or ([] if part._buffers else own[:1])
+            firsts = (next(iter(part.parameters(recurse=False)), None) for part in parts if not part._buffers)
+            self._tensors = [tensor for tensor in firsts if tensor is not None]
         self._sharded = list(filter(shards.is_sharded, self._tensors))
         self._parts = list(map(shards.held, self._sharded))
         if self._sharded:

@@ -58,37 +58,3 @@ def test_a_weight_on_the_device_takes_the_reference() -> None:
     averages, sources = [torch.zeros(4)], [torch.ones(4)]
     TorchUpdate(averages, sources, (), (), None).lerp_(torch.tensor(0.25))
     assert (averages[0] == 0.25).all()
-
-
-def test_tensors_that_are_followed_may_have_other_memory() -> None:
-    averages, sources = (
-        [torch.zeros(4), torch.zeros(3), torch.zeros(2, 2)],
-        [torch.ones(4), torch.ones(3), torch.ones(2, 2)],
-    )
-    copies, copied = (
-        [torch.zeros(5), torch.zeros(6), torch.zeros(2, 3)],
-        [torch.ones(5), torch.ones(6), torch.ones(2, 3)],
-    )
-    flat = FlatBuffers([*averages, *copies])
-    update = TorchUpdate(averages, sources, copies, copied, flat)
-    assert [id(source) for source in update.followed] == list(map(id, [*sources[:2], *copied[:2]]))
-    sources[0].data = torch.full((4,), 2.0)
-    sources[1].data = torch.arange(6.0)[::2]
-    copied[0].data = torch.full((5,), 3.0, dtype=torch.float16)
-    update.lerp_(0.5)
-    assert [average.tolist() for average in averages] == [[1.0] * 4, [0.0, 1.0, 2.0], [[0.5, 0.5]] * 2]
-    assert [copy.tolist() for copy in copies] == [[3.0] * 5, [1.0] * 6, [[1.0] * 3] * 2]
-
-
-@pytest.mark.parametrize("size", [1, 9])
-def test_a_followed_tensor_of_another_size_writes_nowhere_else(size: int) -> None:
-    copies, copied = [torch.zeros(5), torch.zeros(6), torch.zeros(7)], [torch.ones(5), torch.ones(6), torch.ones(7)]
-    flat = FlatBuffers([*copies, torch.full((100,), 4.0)])
-    update = TorchUpdate((), (), copies, copied, flat)
-    right, copied[1].data = copied[1].data, torch.ones(size)
-    with pytest.warns(UserWarning, match="resized"), pytest.raises(ValueError, match="another size"):
-        update.lerp_(1.0)
-    assert all(not copy.any() for copy in copies)
-    copied[1].data = right
-    update.lerp_(1.0)
-    assert all((copy == 1).all() for copy in copies)
