@@ -24,6 +24,7 @@ COMMANDS = {
     "shards": "check the arithmetic of an update past one GPU against counts on 2, 4 and 8 gloo processes",
     "all": "run all benchmarks of one device, and say which targets are met",
     "compare": "compare two folders of CSV files: which ratios differ by more than their percentiles?",
+    "merge": "make one folder of CSV files of those of several runs: the middle one, and the widest intervals",
     "report": "draw the pictures and write the tables of the measurements from the committed CSV files",
     "ptx": "compile every Triton kernel for four GPU targets and check the machine code; needs no GPU",
     "wheel": "check the contents of dist/*.whl and run the tests against the installed wheel",

@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks import record
 from benchmarks.judging import Verdict
+from benchmarks.merge import merge
 from benchmarks.tables.files import load, verdicts
 
 PARTS: dict[str, str] = {
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder of the CSV files (%(default)s)")
+    parser.add_argument("--runs", type=int, default=1, help="of every part, to be merged (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,29 +66,30 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     began, failed = time.time(), []
     written: list[Path] = []
-    for part, prefix in PARTS.items():
-        path = arguments.output / record.default_path(device, prefix).name
-        options = ["--device", device.type, "--output", str(path), *SHORTER.get(device.type, {}).get(part, [])]
-        print(f"\n{part} {' '.join(options)}", flush=True)
-        start, before = time.time(), _modified(path)
-        status = subprocess.run([sys.executable, "-m", "benchmarks", part, *options], check=False).returncode
-        print(f"{part}: {time.time() - start:.0f} s", flush=True)
-        if status:
-            print(f"{part}: exit status {status}", file=sys.stderr)
-            failed.append(part)
-        # A file of an earlier run is not this run's measurement.
-        if _modified(path) != before:
-            written.append(path)
+    with tempfile.TemporaryDirectory() as directory:
+        runs = [Path(directory, str(number)) for number in range(arguments.runs)]
+        for folder, (part, prefix) in product(runs, PARTS.items()):
+            if not _run(part, device, folder / record.default_path(device, prefix).name):
+                failed.append(part)
+            # Each time, so that a run that is broken off has left what it measured.
+            written = merge(runs, arguments.output)
     print(f"\nall: {time.time() - began:.0f} s\n")
-    files = load(arguments.output, written)
-    print(table(verdicts(files, record.device_name(device))))
+    print(table(verdicts(load(arguments.output, written), record.device_name(device))))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def _modified(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
+def _run(part: str, device: torch.device, path: Path) -> bool:
+    """Run a part in a process of its own, and say whether all went well."""
+    options = ["--device", device.type, "--output", str(path), *SHORTER.get(device.type, {}).get(part, [])]
+    print(f"\n{part} {' '.join(options)}", flush=True)
+    start = time.time()
+    status = subprocess.run([sys.executable, "-m", "benchmarks", part, *options], check=False).returncode
+    print(f"{part}: {time.time() - start:.0f} s", flush=True)
+    if status:
+        print(f"{part}: exit status {status}", file=sys.stderr)
+    return not status
 
 
 def table(found: Sequence[Verdict]) -> str:

@@ -105,7 +105,7 @@ def compare(one: Sequence[Measurement], other: Sequence[Measurement]) -> Compari
         What agrees and what does not.
     """
     found = Comparison()
-    keyed, others = dict(_keyed(one)), dict(_keyed(other))
+    keyed, others = dict(by_work(one)), dict(by_work(other))
     for key in dict.fromkeys((*keyed, *others)):
         words = ", ".join(filter(None, key))
         if key not in keyed or key not in others:
@@ -121,7 +121,15 @@ def compare(one: Sequence[Measurement], other: Sequence[Measurement]) -> Compari
     return found
 
 
-def _keyed(rows: Sequence[Measurement]) -> Iterator[tuple[Key, Measurement]]:
+def by_work(rows: Sequence[Measurement]) -> Iterator[tuple[Key, Measurement]]:
+    """What tells each row from the others of its file.
+
+    Args:
+        rows: of a file.
+
+    Yields:
+        The values of the columns that say what was measured, and the row.
+    """
     for row in rows:
         yield (
             tuple(row[name] for name in row if name not in (*COLUMNS, *VERSIONS) and not MEASURED.fullmatch(name)),

@@ -1,7 +1,8 @@
 """Judges a figure to reach by the rows of the benchmarks' CSV files.
 
 Times are compared as ratios of one run, so a target holds on any machine. A bound of 1 asks that fastswa is not slower:
-equal speeds fall on either side of 1, so it is kept where the 20 to 80 % interval of the ratio reaches 1.
+equal speeds fall on either side of 1, so it is kept where the 20 to 80 % interval of the ratio reaches 1; of a file of
+several runs that is the widest interval of all.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastswa.flat import FlatBuffers
 from fastswa_kernels.pairs import dense_view, same_layout
 
-SMALL = 8192
+SMALL = 2048
 """Elements up to which a tensor is gathered; larger ones are quicker reached by themselves."""
 
 GATHER = 32767

@@ -13,6 +13,7 @@ import torch
 from benchmarks import all as every
 from benchmarks.__main__ import main
 from benchmarks.compare import MEASURED
+from benchmarks.pictures.measurements import read
 from benchmarks.providers import CACHED, OURS, TORCH
 from benchmarks.record import RESULTS
 from benchmarks.tables.files import COLUMNS, load
@@ -28,8 +29,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     def run(command: Sequence[str], check: bool) -> SimpleNamespace:
         seen.append(command[3:])
         if command[3] == "update":
-            slow = update("resnet50", TORCH, "18900", "3.5", share_of_ceiling="0.2564")
-            write(Path(command[command.index("--output") + 1]), "update", [slow])
+            slow = update("resnet50", TORCH, "18900", "3.5", share_of_ceiling="0.2564", rounds=9)
+            path = Path(command[command.index("--output") + 1])
+            path.parent.mkdir()
+            write(path, "update", [slow])
         return SimpleNamespace(returncode=int(command[3] == "swap"))
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -42,15 +45,20 @@ def test_every_part_runs_and_is_judged(
     # Left by an earlier run, which says nothing about this one.
     stale = {"case": "mlp", "provider": "torch update_bn", "ratio_to_fastswa": "2"}
     write(tmp_path / "update_bn-cpu.csv", "update_bn", [stale])
-    assert main(["all", "--output", str(tmp_path)]) == 1
-    assert [command[0] for command in calls] == list(every.PARTS)
+    assert main(["all", "--output", str(tmp_path), "--runs", "2"]) == 1
+    assert [command[0] for command in calls] == [*every.PARTS, *every.PARTS]
     for part, prefix in every.PARTS.items():
-        (command,) = [command for command in calls if command[0] == part]
-        assert command[1:5] == ["--device", "cpu", "--output", str(tmp_path / f"{prefix}cpu.csv")]
-        assert command[5:] == every.SHORTER["cpu"].get(part, [])
+        first, second = (command for command in calls if command[0] == part)
+        assert first[4] != second[4]
+        for command in (first, second):
+            assert command[1:4] == ["--device", "cpu", "--output"]
+            assert Path(command[4]).name == f"{prefix}cpu.csv"
+            assert command[5:] == every.SHORTER["cpu"].get(part, [])
+    (row,) = read(tmp_path / "cpu.csv", ())
+    assert (row["command"], row["rounds"]) == ("python -m benchmarks update # 2 runs", "18")
     printed = capsys.readouterr()
     assert "swap: exit status 1" in printed.err
-    assert printed.err.endswith("failed: swap\n")
+    assert printed.err.endswith("failed: swap, swap\n")
     asked = [target for target in TARGETS if target.device == "cpu"]
     *lines, counts = printed.out.splitlines()[-len(asked) - 1 :]
     assert [line.split("  ")[0] for line in lines] == [target.work for target in asked]

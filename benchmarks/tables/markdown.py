@@ -82,6 +82,18 @@ def ratio(row: Measurement) -> str:
     return figure(number(row, "ratio_to_fastswa")) + interval
 
 
+def scatter(row: Measurement) -> str:
+    """What the interval of a ratio is, in words.
+
+    Args:
+        row: of any file.
+    """
+    runs = re.search(r"# (\d+) runs$", row["command"])
+    if runs is None:
+        return "20 to 80 % of the rounds in brackets"
+    return f"the middle one of {runs[1]} runs, from the least 20 % to the greatest 80 % percentile in brackets"
+
+
 def hardware(row: Measurement) -> str:
     """Where and with what a row was measured, in words.
 

@@ -25,7 +25,8 @@ def page(files: Sequence[File], pictures: Mapping[str, Sequence[str]]) -> str:
         "# Measurements",
         "Written by `python -m benchmarks report` from the CSV files beside it. A time is the median over the runs, a "
         "ratio the median over the rounds of this time over fastswa's in that round (above 1: fastswa is quicker); in "
-        "brackets their 20 and 80 % percentiles. Columns that are empty in a file are left out.",
+        "brackets their 20 and 80 % percentiles. A file of several runs (`# 3 runs`) has the middle one's, and the "
+        "widest interval of all. Columns that are empty in a file are left out.",
         "## Targets",
         _targets(files),
     ]

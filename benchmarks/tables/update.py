@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from benchmarks.pictures.measurements import NAMES, Measurement, disturbed, number
 from benchmarks.providers import CEILING, OURS, TORCH
 from benchmarks.tables.files import File, gpus, link, rows_of
-from benchmarks.tables.markdown import commands, figure, hardware, paragraph, plain, ratio, table, together
+from benchmarks.tables.markdown import (
+    commands,
+    figure,
+    hardware,
+    paragraph,
+    plain,
+    ratio,
+    scatter,
+    table,
+    together,
+)
 
 PLANS = {"fp32": "", "mixed": ", bfloat16 weights, float32 average"}
 MIXED = ("gpt2",)
@@ -76,7 +86,7 @@ def _summary(rows: Sequence[Measurement]) -> str:
     words = f"{figure(known[0])} to {figure(known[-1])} times as fast as torch's `AveragedModel`. " if known else ""
     return (
         f"{words}Milliseconds of one update on {hardware(rows[0])}, medians of calls that take turns in one process "
-        "(20 to 80 % of the rounds in brackets):"
+        f"({scatter(rows[0])}):"
     )
 
 
