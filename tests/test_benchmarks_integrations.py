@@ -157,9 +157,10 @@ def test_what_is_slower_is_said() -> None:
     empty = dict.fromkeys(PairRow.__dataclass_fields__)
     fields = {**empty, "library": "timm", "case": "gpt2", "implementation": "original"}
     fast = PairRow(**{**fields, "ratio_to_fastswa": 2.0})  # type: ignore[arg-type]
-    slow = PairRow(**{**fields, "ratio_to_fastswa": 0.8})  # type: ignore[arg-type]
+    slow = PairRow(**{**fields, "ratio_to_fastswa": 0.8, "ratio_p80": 0.9})  # type: ignore[arg-type]
+    even = PairRow(**{**fields, "ratio_to_fastswa": 0.98, "ratio_p80": 1.01})  # type: ignore[arg-type]
     host = PairRow(**{**fields, "ratio_to_fastswa": 2.0, "wall_ratio_to_fastswa": 0.5})  # type: ignore[arg-type]
-    assert slower([fast]) == ["none is slower"]
+    assert slower([fast, even]) == ["none is slower"]
     assert slower([fast, slow]) == ["slower: timm, gpt2: fastswa takes 1.25 times the time"]
     assert slower([host]) == ["slower: timm, gpt2: fastswa takes 2 times the time in a row"]
 
