@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -219,42 +215,6 @@ def test_layers_without_values_and_scripted_models() -> None:
         fastswa.update_bn([torch.randn(4, 4)], scripted)
     with pytest.raises(TypeError, match=r"torch\.jit\.script: '0\.1'"):
         fastswa.update_bn([torch.randn(4, 4)], nn.Sequential(scripted))
-
-
-DYING_WORKER = """
-import os, signal, torch, fastswa
-from torch.utils.data import DataLoader, Dataset
-from tests.batch_norm import Net, assert_unchanged, state, trained
-
-class Dying(Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        if index == 40:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.randn(1, 5, 5)
-
-if __name__ == "__main__":
-    model = trained(Net())
-    before = state(model)
-    try:
-        fastswa.update_bn(DataLoader(Dying(), batch_size=8, num_workers=1), model)
-    except (RuntimeError, OSError, EOFError):
-        # Which of them depends on what the main process was reading; torch's handler may raise a second time.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        assert_unchanged(model, before)
-        print("as before")
-"""
-
-
-def test_a_worker_that_dies_changes_nothing(tmp_path: Path) -> None:
-    # In a process of its own, because torch reports the death in a signal handler.
-    script = tmp_path / "dying_worker.py"
-    script.write_text(DYING_WORKER)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert result.stdout == "as before\n", result.stderr
 
 
 def test_sweeps_refuse_what_gives_its_batches_once() -> None:

@@ -135,10 +135,14 @@ def in_one_place(model: nn.Module) -> Iterator[None]:
             setattr(part, name, value)
         yield
     finally:
-        for part, name, value in before:
-            setattr(part, name, value)
-        for part, mode in modes:
-            part.training = mode
+
+        def restore() -> None:
+            for part, name, value in before:
+                setattr(part, name, value)
+            for part, mode in modes:
+                part.training = mode
+
+        _to_the_end(restore)
 
 
 @contextmanager
@@ -158,11 +162,15 @@ def lent(layers: Sequence[Layer], buffers: Sequence[Mapping[str, Tensor]], momen
                 module.momentum = momentum
         yield
     finally:
-        for layer in layers:
-            for module, own in zip(layer.modules, layer.own, strict=True):
-                module._buffers.update(own)
-        for module, before in momenta:
-            module.momentum = before
+
+        def restore() -> None:
+            for layer in layers:
+                for module, own in zip(layer.modules, layer.own, strict=True):
+                    module._buffers.update(own)
+            for module, before in momenta:
+                module.momentum = before
+
+        _to_the_end(restore)
 
 
 @contextmanager
@@ -179,10 +187,27 @@ def restored_on_failure(model: nn.Module, layers: Sequence[Layer]) -> Iterator[N
     try:
         yield
     except BaseException:
-        for module, slot in slots:
-            module._buffers.update(slot)
-        for tensor, value in values:
-            tensor.copy_(value)
+
+        def restore() -> None:
+            for module, slot in slots:
+                module._buffers.update(slot)
+            for tensor, value in values:
+                tensor.copy_(value)
+
+        _to_the_end(restore)
+        raise
+
+
+def _to_the_end(restore: Callable[[], None]) -> None:
+    """Restore once more where an exception cut it short: one may come at any moment from a signal's handler.
+
+    The DataLoader reports a worker's death so, right after the pass over the data has failed of the same; an impatient
+    user interrupts twice.
+    """
+    try:
+        restore()
+    except BaseException:
+        restore()
         raise
 
 
