@@ -35,7 +35,7 @@ SHORTER = {
     "cpu": {
         "swap": ["--cases", "resnet20", "preresnet164", "resnet50"],
         "scaling": ["--series", "size", "averages", "--largest", "10000000"],
-        "cold": ["--rounds", "3"],
+        "cold": ["--rounds", "3", "--cases", "resnet20", "preresnet164"],
         "integrations": ["--cases", "resnet50", "--seconds-per-case", "1.5"],
     }
 }
