@@ -12,11 +12,11 @@ import torch
 
 from benchmarks import all as every
 from benchmarks.__main__ import main
-from benchmarks.compare import MEASURED
+from benchmarks.compare import by_work
 from benchmarks.pictures.measurements import read
 from benchmarks.providers import CACHED, OURS, TORCH
 from benchmarks.record import RESULTS
-from benchmarks.tables.files import COLUMNS, load
+from benchmarks.tables.files import load
 from benchmarks.targets import TARGETS
 from tests.measurement_files import update, write
 
@@ -111,5 +111,4 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("file", load(RESULTS), ids=lambda file: file.path.name)
 def test_a_row_is_known_by_what_is_not_measured(file: object) -> None:
     rows = file.rows  # type: ignore[attr-defined]
-    keys = {tuple(row[name] for name in row if name not in COLUMNS and not MEASURED.fullmatch(name)) for row in rows}
-    assert len(keys) == len(rows)
+    assert len(dict(by_work(rows))) == len(rows)
