@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastswa import stretches
 from fastswa.flat import FlatBuffers
+from fastswa.torch_lerp import Lerp, quickest
 from fastswa.torch_update import TorchUpdate
 from fastswa.updates import Random
 from fastswa_kernels.rounding import random_bits, round_stochastically
@@ -32,6 +33,7 @@ class _Step:
             elements it has.
         wide_average: room to compute in, where the averages are narrower than the arithmetic.
         wide_source: room to convert the source, likewise.
+        operation: that averages them.
         before: gatherings that fill the source.
     """
 
@@ -40,6 +42,7 @@ class _Step:
     numbers: Sequence[tuple[int, int]]
     wide_average: Tensor | None
     wide_source: Tensor | None
+    operation: Lerp
     before: Sequence[stretches.Gather] = ()
 
     def lerp_(self, weights: Sequence[float], random: Random) -> None:
@@ -51,12 +54,11 @@ class _Step:
                 continue
             if self.wide_average is None:
                 # Not lerp_ for 1: 0 * NaN would keep a NaN that the average held.
-                average.copy_(source) if weight == 1 else average.lerp_(source, weight)
+                average.copy_(source) if weight == 1 else self.operation([average], [source], weight)
                 continue
-            if weight == 1:
-                result = self.wide_average.copy_(source)
-            else:
-                result = self.wide_average.copy_(average).lerp_(source, weight)
+            result = self.wide_average.copy_(source if weight == 1 else average)
+            if weight != 1:
+                self.operation([result], [source], weight)
             if random is not None and average.dtype in _HALF:
                 result = result.float()
                 bits = self._bits(*random, index)
@@ -145,7 +147,10 @@ class TorchMultiUpdate:
         compute = torch.promote_types(torch.promote_types(averages[0].dtype, source.dtype), torch.float32)
         wide_average = None if averages[0].dtype == compute else self._scratch.room(compute, "average", averages[0])
         wide_source = None if source.dtype == compute else self._scratch.room(compute, "source", averages[0])
-        self._steps.append(_Step(averages, source, numbers, wide_average, wide_source, before))
+        operation = quickest(
+            averages[0] if wide_average is None else wide_average, source if wide_source is None else wide_source
+        )
+        self._steps.append(_Step(averages, source, numbers, wide_average, wide_source, operation, before))
 
 
 def _stretches(numbers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

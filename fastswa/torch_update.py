@@ -1,6 +1,6 @@
 """The update in plain torch: the CPU's path, and every device's where Triton can't run.
 
-Small neighbours of a flat buffer are gathered and averaged by one `lerp_`; large tensors go to `torch._foreach_lerp_`.
+Small neighbours of a flat buffer are gathered and averaged as one; large tensors go to torch's operations on lists.
 Where the dtypes differ, which no torch operation averages, the source is converted in pieces that stay in the cache.
 """
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastswa import stretches
 from fastswa.flat import FlatBuffers
+from fastswa.torch_lerp import Lerp, quickest
 from fastswa_kernels import reference
+from fastswa_kernels.pairs import dense_view, same_layout
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class _Blend:
     source: Tensor
     wide_average: Tensor | None
     wide_source: Tensor | None
+    operation: Lerp
     before: Sequence[stretches.Gather] = ()
 
     def lerp_(self, weight: float) -> None:
@@ -32,9 +35,10 @@ class _Blend:
             gather.run()
         source = self.source if self.wide_source is None else self.wide_source.copy_(self.source)
         if self.wide_average is None:
-            self.average.lerp_(source, weight)
+            self.operation([self.average], [source], weight)
         else:
-            self.average.copy_(self.wide_average.copy_(self.average).lerp_(source, weight))
+            self.operation([self.wide_average.copy_(self.average)], [source], weight)
+            self.average.copy_(self.wide_average)
 
 
 class TorchUpdate:
@@ -66,10 +70,11 @@ class TorchUpdate:
             packed = self._scratch.room(members[0].dtype, "packed", target)
             self._blends.append(self._blend(target, packed, list(stretches.gathers(members, packed))))
 
-        self._foreach: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        self._lists: dict[tuple[Lerp, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for average, source in ((averages[index], sources[index]) for index in alone):
             if average.dtype == source.dtype:
-                to, origin = self._foreach.setdefault(average.dtype, ([], []))
+                average, source = _in_memory_order(average, source)
+                to, origin = self._lists.setdefault((quickest(average, source), average.dtype), ([], []))
                 to.append(average)
                 origin.append(source)
             else:
@@ -103,8 +108,8 @@ class TorchUpdate:
         else:
             for blend in self._blends:
                 blend.lerp_(weight)
-            for averages, sources in self._foreach.values():
-                torch._foreach_lerp_(averages, sources, weight)
+            for (operation, _), (averages, sources) in self._lists.items():
+                operation(averages, sources, weight)
         for gather in self._copies:
             gather.run()
         if self._copy_to:
@@ -112,13 +117,20 @@ class TorchUpdate:
 
     def _blend(self, average: Tensor, source: Tensor, before: Sequence[stretches.Gather] = ()) -> _Blend:
         compute = torch.promote_types(average.dtype, source.dtype)
-        return _Blend(
-            average,
-            source,
-            None if average.dtype == compute else self._scratch.room(compute, "average", average),
-            None if source.dtype == compute else self._scratch.room(compute, "source", average),
-            before,
+        wide_average = None if average.dtype == compute else self._scratch.room(compute, "average", average)
+        wide_source = None if source.dtype == compute else self._scratch.room(compute, "source", average)
+        operation = quickest(
+            average if wide_average is None else wide_average, source if wide_source is None else wide_source
         )
+        return _Blend(average, source, wide_average, wide_source, operation, before)
+
+
+def _in_memory_order(average: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """A pair as it is, or views of one dimension where it lies alike in memory, but in no order of its indices."""
+    if average.is_contiguous() or not same_layout(average, source):
+        return average, source
+    to, origin = dense_view(average), dense_view(source)
+    return (average, source) if to is None or origin is None else (to, origin)
 
 
 def _stretches(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastswa import stretches
+from fastswa import stretches, torch_lerp
 from fastswa.flat import FlatBuffers
 from fastswa.torch_update import TorchUpdate
 from tests.numerics import assert_close_in_ulps, lerp_ulps
@@ -21,6 +21,7 @@ from tests.numerics import assert_close_in_ulps, lerp_ulps
     source=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     weight=st.sampled_from([0.0, 1e-3, 0.4, 0.8, 1.0]),
     limits=st.sampled_from([(8, 16, 64), (30, 33, 40), (1000, 2000, 3000)]),
+    fused=st.sampled_from([0, 35, 10000]),
 )
 def test_gathering_and_converting_give_the_formula(
     sizes: list[int],
@@ -29,9 +30,12 @@ def test_gathering_and_converting_give_the_formula(
     source: torch.dtype,
     weight: float,
     limits: tuple[int, int, int],
+    fused: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut.
+        # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut, SGD's step.
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch_lerp, "WORTH_A_THREAD", fused)
         patch.setattr(stretches, "SMALL", limits[0])
         patch.setattr(stretches, "GATHER", limits[1])
         patch.setattr(stretches, "GATHERED", limits[2])
