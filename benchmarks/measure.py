@@ -21,7 +21,7 @@ from benchmarks.disturbance import LIMIT, Disturbance, wait_until_alone
 ROUNDS, FEWEST_ROUNDS = 9, 5
 TRIED, MOST = 3, 100
 """Runs of a trial, and at most of a block."""
-PATIENCE = 4
+PATIENCE = 1
 
 Call = Callable[[], object]
 

@@ -59,7 +59,7 @@ LAYERS = [
     {"prepared", "torch_combine"},
     {"torch_multi_update", "triton_multi_update", "torch_moments", "staging"},
     {"torch_update"},
-    {"stretches", "updates"},
+    {"stretches", "torch_lerp", "updates"},
     {"flat", "shards"},
 ]
 
