@@ -89,13 +89,12 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """The most memory that a call holds at one time beyond what was allocated before it.
 
     Args:
-        call: run twice, and measured the second time.
+        call: run once; what only its first run allocates is left out if it has run before.
         device: whose memory is meant.
 
     Returns:
         Bytes, of tensors alone.
     """
-    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
