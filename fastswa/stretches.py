@@ -62,12 +62,23 @@ class Scratch:
             use: what it is for; rooms of one dtype and use share their memory.
             like: whose shape it has.
         """
-        if like.dim() != 1:
-            return torch.empty_like(like, dtype=dtype)
+        return self.rooms(dtype, use, [like])[0]
+
+    def rooms(self, dtype: torch.dtype, use: str, likes: Sequence[Tensor]) -> list[Tensor]:
+        """Rooms that are used together.
+
+        Args:
+            dtype: of the rooms.
+            use: what they are for; others of that dtype and use share their memory.
+            likes: whose shapes they have; all or none of one dimension.
+        """
+        if likes[0].dim() != 1:
+            return [torch.empty_like(like, dtype=dtype) for like in likes]
+        sizes = list(map(len, likes))
         memory = self._memory.get((dtype, use))
-        if memory is None or len(memory) < len(like):
-            memory = self._memory[dtype, use] = torch.empty_like(like, dtype=dtype)
-        return memory[: len(like)]
+        if memory is None or len(memory) < sum(sizes):
+            memory = self._memory[dtype, use] = torch.empty(sum(sizes), dtype=dtype, device=likes[0].device)
+        return list(torch.split(memory[: sum(sizes)], sizes))
 
 
 def pieces(average: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:

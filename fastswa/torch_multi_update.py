@@ -6,7 +6,8 @@ averaged into all K sets before the next is read: 8 K + 4 bytes an element of fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastswa import stretches
 from fastswa.flat import FlatBuffers
-from fastswa.torch_lerp import Lerp, quickest
+from fastswa.torch_lerp import Lerp, in_memory_order, quickest
 from fastswa.torch_update import TorchUpdate
 from fastswa.updates import Random
 from fastswa_kernels.rounding import random_bits, round_stochastically
@@ -23,53 +24,64 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A piece of the sources, and its counterpart in every set.
+class _Piece:
+    """A source, or a part of it, or several that are gathered; its counterpart in every set; its elements' numbers."""
 
-    Args:
-        averages: one for each set.
-        source: the piece.
-        numbers: for each stretch of it the number of its first element among all elements of all sources, and how many
-            elements it has.
-        wide_average: room to compute in, where the averages are narrower than the arithmetic.
-        wide_source: room to convert the source, likewise.
-        operation: that averages them.
-        before: gatherings that fill the source.
-    """
-
-    averages: Sequence[Tensor]
+    averages: list[Tensor]
     source: Tensor
     numbers: Sequence[tuple[int, int]]
-    wide_average: Tensor | None
-    wide_source: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Some pieces of the sources, and their counterparts in every set.
+
+    Args:
+        averages: lists of pieces, one list for each set.
+        sources: the pieces.
+        numbers: of each piece, for each stretch of it, the number of its first element among all elements of all
+            sources, and how many elements it has.
+        wide_averages: room to compute in, where the averages are narrower than the arithmetic.
+        wide_sources: room to convert the sources, likewise.
+        operation: that averages them.
+        before: gatherings that fill the sources.
+    """
+
+    averages: Sequence[list[Tensor]]
+    sources: list[Tensor]
+    numbers: Sequence[Sequence[tuple[int, int]]]
+    wide_averages: list[Tensor] | None
+    wide_sources: list[Tensor] | None
     operation: Lerp
     before: Sequence[stretches.Gather] = ()
 
     def lerp_(self, weights: Sequence[float], random: Random) -> None:
         for gather in self.before:
             gather.run()
-        source = self.source if self.wide_source is None else self.wide_source.copy_(self.source)
-        for index, (average, weight) in enumerate(zip(self.averages, weights, strict=True)):
+        sources = self.sources
+        if self.wide_sources is not None:
+            torch._foreach_copy_(self.wide_sources, sources)
+            sources = self.wide_sources
+        for index, (averages, weight) in enumerate(zip(self.averages, weights, strict=True)):
             if weight == 0:
                 continue
-            if self.wide_average is None:
-                # Not lerp_ for 1: 0 * NaN would keep a NaN that the average held.
-                average.copy_(source) if weight == 1 else self.operation([average], [source], weight)
-                continue
-            result = self.wide_average.copy_(source if weight == 1 else average)
-            if weight != 1:
-                self.operation([result], [source], weight)
-            if random is not None and average.dtype in _HALF:
-                result = result.float()
-                bits = self._bits(*random, index)
-                # Dense in the order of the average's own memory, like the numbers of the elements.
-                result = round_stochastically(result, average.dtype, bits.as_strided(result.shape, result.stride()))
-            average.copy_(result)
-
-    def _bits(self, seed: int, step: int | Tensor, average: int) -> Tensor:
-        device = self.source.device
-        bits = [random_bits(first, count, seed, step, average, device) for first, count in self.numbers]
-        return bits[0] if len(bits) == 1 else torch.cat(bits)
+            results = averages
+            if self.wide_averages is not None:
+                results = self.wide_averages
+                if weight != 1:
+                    torch._foreach_copy_(results, averages)
+            if weight == 1:
+                # Not a lerp: 0 * NaN would keep a NaN that the average held.
+                torch._foreach_copy_(results, sources)
+            else:
+                self.operation(results, sources, weight)
+            if self.wide_averages is not None:
+                if random is not None and averages[0].dtype in _HALF:
+                    results = [
+                        _rounded(result.float(), average.dtype, numbers, (*random, index))
+                        for result, average, numbers in zip(results, averages, self.numbers, strict=True)
+                    ]
+                torch._foreach_copy_(averages, results)
 
 
 class TorchMultiUpdate:
@@ -106,19 +118,10 @@ class TorchMultiUpdate:
             targets = [flat.span(own[run[0]], own[run[-1]]) for flat, own in zip(flats, averages, strict=True)]
             members = [sources[index] for index in run]
             packed = self._scratch.room(members[0].dtype, "packed", targets[0])
-            parts = _stretches([(numbers[index], sources[index].numel()) for index in run])
-            self._add(targets, packed, parts, list(stretches.gathers(members, packed)))
-        for index in alone:
-            first, source = numbers[index], sources[index]
-            if len(averages) == 1 and averages[0][index].dtype == source.dtype and source.dtype not in _HALF:
-                # One set reads each source once anyhow, and converts nothing.
-                self._add([averages[0][index]], source, [(first, source.numel())])
-                continue
-            pieces = [stretches.pieces(own[index], source) for own in averages]
-            for together in zip(*pieces, strict=True):
-                count = together[0][1].numel()
-                self._add([average for average, _ in together], together[0][1], [(first, count)])
-                first += count
+            stretch = _stretches([(numbers[index], sources[index].numel()) for index in run])
+            self._add([_Piece(targets, packed, stretch)], list(stretches.gathers(members, packed)))
+        for together in _together(_pieces(averages, sources, alone, numbers)):
+            self._add(together)
 
     @torch.inference_mode()
     def lerp_(self, weights: Sequence[float] | Tensor, random: Random, skip: Tensor | None) -> None:
@@ -136,21 +139,71 @@ class TorchMultiUpdate:
             each.lerp_(weights, random)
         self._copies.lerp_(1.0)
 
-    def _add(
-        self,
-        averages: Sequence[Tensor],
-        source: Tensor,
-        numbers: Sequence[tuple[int, int]],
-        before: Sequence[stretches.Gather] = (),
-    ) -> None:
-        # float32 at least, which two half-precision tensors would not be promoted to.
-        compute = torch.promote_types(torch.promote_types(averages[0].dtype, source.dtype), torch.float32)
-        wide_average = None if averages[0].dtype == compute else self._scratch.room(compute, "average", averages[0])
-        wide_source = None if source.dtype == compute else self._scratch.room(compute, "source", averages[0])
-        operation = quickest(
-            averages[0] if wide_average is None else wide_average, source if wide_source is None else wide_source
+    def _add(self, pieces: Sequence[_Piece], before: Sequence[stretches.Gather] = ()) -> None:
+        first = pieces[0]
+        compute = _compute_dtype(first)
+        targets, sources = [piece.averages[0] for piece in pieces], [piece.source for piece in pieces]
+        self._steps.append(
+            _Step(
+                [list(own) for own in zip(*(piece.averages for piece in pieces), strict=True)],
+                sources,
+                [piece.numbers for piece in pieces],
+                None if targets[0].dtype == compute else self._scratch.rooms(compute, "average", targets),
+                None if sources[0].dtype == compute else self._scratch.rooms(compute, "source", targets),
+                quickest(targets[0], sources[0], compute),
+                before,
+            )
         )
-        self._steps.append(_Step(averages, source, numbers, wide_average, wide_source, operation, before))
+
+
+def _rounded(
+    result: Tensor, dtype: torch.dtype, numbers: Sequence[tuple[int, int]], random: tuple[int, int | Tensor, int]
+) -> Tensor:
+    bits = [random_bits(first, count, *random, result.device) for first, count in numbers]
+    together = bits[0] if len(bits) == 1 else torch.cat(bits)
+    # Dense in the order of the average's own memory, like the numbers of the elements.
+    return round_stochastically(result, dtype, together.as_strided(result.shape, result.stride()))
+
+
+def _compute_dtype(piece: _Piece) -> torch.dtype:
+    # float32 at least, which two half-precision tensors would not be promoted to.
+    return torch.promote_types(torch.promote_types(piece.averages[0].dtype, piece.source.dtype), torch.float32)
+
+
+def _pieces(
+    averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], alone: Sequence[int], numbers: Sequence[int]
+) -> Iterator[_Piece]:
+    """Sources that are no part of a run, cut up where a piece is read more than once."""
+    for index in alone:
+        first, source, own = numbers[index], sources[index], [tensors[index] for tensors in averages]
+        if _read_once(own, source):
+            average, source = in_memory_order(own[0], source)
+            yield _Piece([average], source, [(first, source.numel())])
+            continue
+        for together in zip(*(stretches.pieces(average, source) for average in own), strict=True):
+            count = together[0][1].numel()
+            yield _Piece([average for average, _ in together], together[0][1], [(first, count)])
+            first += count
+
+
+def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces that one call takes: alike, and no more than the cache holds where they are read more than once."""
+    groups: dict[object, list[_Piece]] = {}
+    sizes: Counter[object] = Counter()
+    for piece in pieces:
+        average, source = piece.averages[0], piece.source
+        key = average.dtype, source.dtype, average.dim() == 1, quickest(average, source, _compute_dtype(piece))
+        sizes[key] += source.numel()
+        if sizes[key] > stretches.PIECE.get(average.device.type, 1 << 24) and not _read_once(piece.averages, source):
+            yield from filter(None, [groups.pop(key, None)])
+            sizes[key] = source.numel()
+        groups.setdefault(key, []).append(piece)
+    yield from groups.values()
+
+
+def _read_once(averages: Sequence[Tensor], source: Tensor) -> bool:
+    """Whether one set takes the source as it is, so that it need not stay in the cache."""
+    return len(averages) == 1 and averages[0].dtype == source.dtype and source.dtype not in _HALF
 
 
 def _stretches(numbers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

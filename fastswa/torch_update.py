@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastswa import stretches
 from fastswa.flat import FlatBuffers
-from fastswa.torch_lerp import Lerp, quickest
+from fastswa.torch_lerp import Lerp, in_memory_order, quickest
 from fastswa_kernels import reference
-from fastswa_kernels.pairs import dense_view, same_layout
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ class TorchUpdate:
         self._lists: dict[tuple[Lerp, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for average, source in ((averages[index], sources[index]) for index in alone):
             if average.dtype == source.dtype:
-                average, source = _in_memory_order(average, source)
-                to, origin = self._lists.setdefault((quickest(average, source), average.dtype), ([], []))
+                average, source = in_memory_order(average, source)
+                operation = quickest(average, source, average.dtype)
+                to, origin = self._lists.setdefault((operation, average.dtype), ([], []))
                 to.append(average)
                 origin.append(source)
             else:
@@ -119,18 +119,7 @@ class TorchUpdate:
         compute = torch.promote_types(average.dtype, source.dtype)
         wide_average = None if average.dtype == compute else self._scratch.room(compute, "average", average)
         wide_source = None if source.dtype == compute else self._scratch.room(compute, "source", average)
-        operation = quickest(
-            average if wide_average is None else wide_average, source if wide_source is None else wide_source
-        )
-        return _Blend(average, source, wide_average, wide_source, operation, before)
-
-
-def _in_memory_order(average: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """A pair as it is, or views of one dimension where it lies alike in memory, but in no order of its indices."""
-    if average.is_contiguous() or not same_layout(average, source):
-        return average, source
-    to, origin = dense_view(average), dense_view(source)
-    return (average, source) if to is None or origin is None else (to, origin)
+        return _Blend(average, source, wide_average, wide_source, quickest(average, source, compute), before)
 
 
 def _stretches(

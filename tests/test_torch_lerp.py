@@ -18,7 +18,7 @@ SHAPE = (LARGE // 256 + 1, 16, 4, 4)
 
 
 def is_fused(average: Tensor, source: Tensor) -> bool:
-    return quickest(average, source) is not torch._foreach_lerp_
+    return quickest(average, source, average.dtype) is not torch._foreach_lerp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -26,7 +26,7 @@ def is_fused(average: Tensor, source: Tensor) -> bool:
 def test_the_fused_step_gives_the_formula(dtype: torch.dtype, weight: float) -> None:
     averages, sources = ([torch.randn(size, dtype=dtype) for size in (LARGE, LARGE + 1)] for _ in range(2))
     before = [average.clone() for average in averages]
-    operation = quickest(averages[0], sources[0])
+    operation = quickest(averages[0], sources[0], dtype)
     assert operation is not torch._foreach_lerp_
     operation(averages, sources, weight)
     used = torch.tensor(weight, dtype=dtype).item()
@@ -44,7 +44,7 @@ def test_it_treats_what_is_not_finite_as_lerp_does() -> None:
     average, source = values.repeat(len(values) * count), values.repeat_interleave(len(values)).repeat(count)
     expected = torch.lerp(average, source, 0.25)
     assert is_fused(average, source)
-    quickest(average, source)([average], [source], 0.25)
+    quickest(average, source, average.dtype)([average], [source], 0.25)
     torch.testing.assert_close(average, expected, rtol=0, atol=0, equal_nan=True)
 
 

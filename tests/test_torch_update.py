@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fastswa import stretches, torch_lerp
 from fastswa.flat import FlatBuffers
+from fastswa.torch_multi_update import TorchMultiUpdate
 from fastswa.torch_update import TorchUpdate
+from fastswa_kernels import reference
+from fastswa_kernels.rounding import StochasticRounding
 from tests.numerics import assert_close_in_ulps, lerp_ulps
 
 
@@ -62,3 +68,58 @@ def test_a_weight_on_the_device_takes_the_reference() -> None:
     averages, sources = [torch.zeros(4)], [torch.ones(4)]
     TorchUpdate(averages, sources, (), (), None).lerp_(torch.tensor(0.25))
     assert (averages[0] == 0.25).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.sampled_from([(), (0,), (5,), (40,), (7, 9), (3, 4, 5, 2)]), min_size=1, max_size=25),
+    count=st.integers(1, 3),
+    average=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    source=st.sampled_from([torch.float32, torch.bfloat16]),
+    channels_last=st.booleans(),
+    limits=st.sampled_from([(8, 16, 64), (30, 33, 100), (1000, 2000, 3000)]),
+    fused=st.sampled_from([0, 35, 10000]),
+    stochastic=st.booleans(),
+)
+def test_several_averages_give_what_each_alone_is_by_the_formula(
+    shapes: list[tuple[int, ...]],
+    count: int,
+    average: torch.dtype,
+    source: torch.dtype,
+    channels_last: bool,
+    limits: tuple[int, int, int],
+    fused: int,
+    stochastic: bool,
+) -> None:
+    def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        values = torch.randn(shape).to(dtype)
+        return values.to(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else values
+
+    weights = [0.3, 1.0, 0.0, 0.7][:count]
+    sets = [[tensor(shape, average) for shape in shapes] for _ in range(count)]
+    sources = [tensor(shape, source) for shape in shapes]
+    before = [[each.clone() for each in own] for own in sets]
+    random = (3, 5) if stochastic else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch_lerp, "WORTH_A_THREAD", fused)
+        patch.setattr(stretches, "SMALL", limits[0])
+        patch.setattr(stretches, "GATHER", limits[1])
+        patch.setattr(stretches, "GATHERED", limits[2])
+        patch.setattr(stretches, "PIECE", {"cpu": limits[2]})
+        numbers = list(accumulate((each.numel() for each in sources), initial=0))[:-1]
+        update = TorchMultiUpdate(sets, sources, (), (), [FlatBuffers(own) for own in sets], None, numbers)
+        with torch.no_grad():
+            update.lerp_(weights, random, None)
+    for own, old, weight in zip(sets, before, weights, strict=True):
+        for result, start, new in zip(own, old, sources, strict=True):
+            wide = torch.float64 in (average, source)
+            used = weight if wide else torch.tensor(weight).item()
+            exact = start.double() + used * (new.double() - start.double())
+            # Stochastically to either neighbour, so by up to a whole ulp.
+            allowed = 1.01 if stochastic and average == torch.bfloat16 else lerp_ulps(average)
+            assert_close_in_ulps(result, exact, allowed, start, new)
+    if stochastic and average == torch.bfloat16:
+        # Which neighbour it is depends on no cut: the specification, which cuts nothing, draws the same bits.
+        reference.multi_lerp_(before, sources, weights, rounding=StochasticRounding(*random))
+        assert all(torch.equal(*pair) for pairs in zip(sets, before, strict=True) for pair in zip(*pairs, strict=True))
