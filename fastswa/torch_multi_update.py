@@ -194,8 +194,9 @@ def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         average, source = piece.averages[0], piece.source
         key = average.dtype, source.dtype, average.dim() == 1, quickest(average, source, _compute_dtype(piece))
         sizes[key] += source.numel()
-        if sizes[key] > stretches.PIECE.get(average.device.type, 1 << 24) and not _read_once(piece.averages, source):
-            yield from filter(None, [groups.pop(key, None)])
+        most = stretches.PIECE.get(average.device.type, 1 << 24)
+        if key in groups and sizes[key] > most and not _read_once(piece.averages, source):
+            yield groups.pop(key)
             sizes[key] = source.numel()
         groups.setdefault(key, []).append(piece)
     yield from groups.values()
