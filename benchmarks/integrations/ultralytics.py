@@ -10,8 +10,12 @@ from torch import nn
 from benchmarks.providers import Prepared, held_by
 
 
+UPDATES = 10_000
+"""Made before, as in most of a training: the first thousand have weights near 1, which take another form of lerp."""
+
+
 def _prepared(each: Any, model: nn.Module, **options: Any) -> Prepared:
-    average = each(model, **options)
+    average = each(model, updates=UPDATES, **options)
     return Prepared(partial(average.update, model), held_by(average.ema))
 
 
