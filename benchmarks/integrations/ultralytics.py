@@ -9,7 +9,6 @@ from torch import nn
 
 from benchmarks.providers import Prepared, held_by
 
-
 UPDATES = 10_000
 """Made before, as in most of a training: the first thousand have weights near 1, which take another form of lerp."""
 
