@@ -94,8 +94,17 @@ def pieces(average: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:
     to, origin = dense_view(average), dense_view(source)
     if to is None or origin is None or not same_layout(average, source):
         return [(average, source)]
-    size = PIECE.get(average.device.type, 1 << 24)
+    size = piece_size(average)
     return list(zip(torch.split(to, size), torch.split(origin, size), strict=True))
+
+
+def piece_size(tensor: Tensor) -> int:
+    """How many elements are taken at once.
+
+    Args:
+        tensor: on the device on which they are.
+    """
+    return PIECE.get(tensor.device.type, 1 << 24)
 
 
 def groups(

@@ -140,8 +140,7 @@ class TorchMultiUpdate:
         self._copies.lerp_(1.0)
 
     def _add(self, pieces: Sequence[_Piece], before: Sequence[stretches.Gather] = ()) -> None:
-        first = pieces[0]
-        compute = _compute_dtype(first)
+        compute = _compute_dtype(pieces[0])
         targets, sources = [piece.averages[0] for piece in pieces], [piece.source for piece in pieces]
         self._steps.append(
             _Step(
@@ -194,8 +193,7 @@ def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         average, source = piece.averages[0], piece.source
         key = average.dtype, source.dtype, average.dim() == 1, quickest(average, source, _compute_dtype(piece))
         sizes[key] += source.numel()
-        most = stretches.PIECE.get(average.device.type, 1 << 24)
-        if key in groups and sizes[key] > most and not _read_once(piece.averages, source):
+        if key in groups and sizes[key] > stretches.piece_size(average) and not _read_once(piece.averages, source):
             yield groups.pop(key)
             sizes[key] = source.numel()
         groups.setdefault(key, []).append(piece)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import pytest
@@ -17,6 +19,19 @@ from fastswa.torch_update import TorchUpdate
 from fastswa_kernels import reference
 from fastswa_kernels.rounding import StochasticRounding
 from tests.numerics import assert_close_in_ulps, lerp_ulps
+
+
+@contextmanager
+def small_limits(limits: tuple[int, int, int], fused: int) -> Iterator[None]:
+    """Limits at which small tensors meet every case: runs cut, gatherings cut, pieces cut, SGD's step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch_lerp, "WORTH_A_THREAD", fused)
+        patch.setattr(stretches, "SMALL", limits[0])
+        patch.setattr(stretches, "GATHER", limits[1])
+        patch.setattr(stretches, "GATHERED", limits[2])
+        patch.setattr(stretches, "PIECE", {"cpu": limits[2]})
+        yield
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,14 +53,7 @@ def test_gathering_and_converting_give_the_formula(
     limits: tuple[int, int, int],
     fused: int,
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        # Small limits, so that small tensors meet every case: runs cut, gatherings cut, pieces cut, SGD's step.
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr(torch_lerp, "WORTH_A_THREAD", fused)
-        patch.setattr(stretches, "SMALL", limits[0])
-        patch.setattr(stretches, "GATHER", limits[1])
-        patch.setattr(stretches, "GATHERED", limits[2])
-        patch.setattr(stretches, "PIECE", {"cpu": limits[2]})
+    with small_limits(limits, fused):
         averages = [torch.randn(size).to(average) for size in [*sizes, large]]
         sources = [torch.randn(size).to(source) for size in [*sizes, large]]
         counters = [torch.zeros((), dtype=torch.int64) for _ in sizes]
@@ -101,13 +109,7 @@ def test_several_averages_give_what_each_alone_is_by_the_formula(
     sources = [tensor(shape, source) for shape in shapes]
     before = [[each.clone() for each in own] for own in sets]
     random = (3, 5) if stochastic else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2)
-        patch.setattr(torch_lerp, "WORTH_A_THREAD", fused)
-        patch.setattr(stretches, "SMALL", limits[0])
-        patch.setattr(stretches, "GATHER", limits[1])
-        patch.setattr(stretches, "GATHERED", limits[2])
-        patch.setattr(stretches, "PIECE", {"cpu": limits[2]})
+    with small_limits(limits, fused):
         numbers = list(accumulate((each.numel() for each in sources), initial=0))[:-1]
         update = TorchMultiUpdate(sets, sources, (), (), [FlatBuffers(own) for own in sets], None, numbers)
         with torch.no_grad():
