@@ -6,9 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from benchmarks.cases import Shapes
 from benchmarks.clocks import ReportedClock
 from benchmarks.measure import Times, measure
 from benchmarks.one_case import settle_allocator
+from benchmarks.process import in_fresh_process
 from benchmarks.providers import PLANS, PROVIDERS, Plan, Prepared, Provider
 from benchmarks.verify import verify
 
@@ -40,23 +39,15 @@ def first_updates(case: str, names: Iterable[str], device: torch.device, rounds:
         By quantity, then by provider. On a GPU Triton's cache is empty at "first update".
     """
     times: dict[str, dict[str, Times]] = {}
-    # Forked from a process that has imported all, so that a fresh one costs no second of imports.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     for _ in range(rounds):
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                found = _in_fork(context, case, name, device, folder)
+                found = in_fresh_process(first_update, case, name, device, folder)
                 if device.type == "cuda":
-                    found[CACHED_KERNELS] = _in_fork(context, case, name, device, folder)[FIRST]
+                    found[CACHED_KERNELS] = in_fresh_process(first_update, case, name, device, folder)[FIRST]
             for quantity, microseconds in found.items():
                 times.setdefault(quantity, {}).setdefault(name, Times()).runs.append([microseconds])
     return times
-
-
-def _in_fork(context: object, case: str, name: str, device: torch.device, folder: str) -> dict[str, float]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:  # type: ignore[arg-type]
-        return executor.submit(first_update, case, name, device, folder).result()
 
 
 def first_update(case: str, name: str, device: torch.device, folder: str) -> dict[str, float]:
