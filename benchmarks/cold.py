@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from benchmarks.verify import right, verify
 CASES = {"cpu": ("resnet20", "preresnet164", "resnet50"), "cuda": ("preresnet164", "resnet50")}
 ROUNDS = {"cpu": 5, "cuda": 3}
 SECONDS = 0.5
+PACKAGES = ("fastswa", "fastswa_kernels")
 PROCESS = "process"
 """The case of imports."""
 
@@ -111,6 +114,9 @@ def measurements(
         The rows of a quantity and a case.
     """
     facts = record.environment(device, command)
+    # As an installer does, and PYTHONDONTWRITEBYTECODE keeps a checkout from it: torch is compiled.
+    for package in PACKAGES:
+        compileall.compile_dir(resources.files(package), quiet=2)
     imports = import_times(rounds)
     for kind in KINDS:
         yield _rows(facts, kind, PROCESS, imports[kind], dict.fromkeys(MODULES, "no result"))
