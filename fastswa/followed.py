@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastswa import shards
 from fastswa.module_update import check_values
-from fastswa.pairing import canonical
+from fastswa.pairing import canonical, named_tensors
 from fastswa.watch import TensorWatch
 
 Model = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -184,7 +184,7 @@ class Selection:
         sharded = {each.name: each.tensor for each in self.followed if shards.is_sharded(each.tensor)}
         if self._module is None or not sharded:
             return
-        for name, parameter in nn.Module.named_parameters(self._module, remove_duplicate=False):
+        for name, parameter in named_tensors(self._module, "_parameters"):
             known = sharded.get(canonical(name))
             # Another shape is the user's doing.
             if known is None or parameter.shape != known.shape:
@@ -222,9 +222,9 @@ class Selection:
         if self._module is None:
             return
         saved = {canonical(name) for name in self._module.state_dict(keep_vars=True)}
-        for name, parameter in nn.Module.named_parameters(self._module, remove_duplicate=False):
+        for name, parameter in named_tensors(self._module, "_parameters"):
             yield canonical(name), parameter, False, canonical(name) in saved
-        for name, buffer in nn.Module.named_buffers(self._module, remove_duplicate=False):
+        for name, buffer in named_tensors(self._module, "_buffers"):
             yield canonical(name), buffer, True, canonical(name) in saved
 
 

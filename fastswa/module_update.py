@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fastswa import backends, shards
 from fastswa.flat import FlatBuffers
-from fastswa.pairing import Pair, pair_buffers, pair_parameters
+from fastswa.pairing import Pair, named_tensors, pair_buffers, pair_parameters
 from fastswa.updates import Random
 from fastswa.watch import TensorWatch
 
@@ -222,7 +222,7 @@ def check_values(module: nn.Module, role: str) -> None:
     Raises:
         ValueError: names the first lazy or meta tensor.
     """
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module, "_parameters", "_buffers"):
         if is_lazy(tensor):
             raise ValueError(f"{name!r} of {role} is not initialised; run one forward pass before averaging")
         if tensor.is_meta:
@@ -241,7 +241,7 @@ def refusal(*modules: nn.Module) -> str | None:
     for module in modules:
         if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             return "a part of it is scripted, and hides its tensors' replacement"
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in named_tensors(module, "_parameters", "_buffers"):
             reason = tensor_refusal(tensor)
             if reason is not None:
                 return f"{name!r} is {reason}"
