@@ -1,7 +1,8 @@
 """Compares two folders of CSV files, such as a run of one's own with the committed one: which ratios differ?
 
 A row is the same in both where all its columns but the measured ones agree. Times drift from day to day on one machine,
-ratios of times of one run should not: a ratio is reproduced where its 20 to 80 % intervals in the two overlap.
+ratios of times of one run should not: a ratio is reproduced where its 20 to 80 % intervals in the two overlap. What
+other processes disturbed in more than half of its rounds says nothing, and is not compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.pictures.measurements import Measurement, number
+from benchmarks.pictures.measurements import Measurement, disturbed, number
 from benchmarks.record import RESULTS
 from benchmarks.tables.files import COLUMNS, load
 from benchmarks.tables.markdown import figure
@@ -39,12 +40,14 @@ class Comparison:
         apart: a line for each row whose intervals do not.
         alone: a line for each row that only one of the files has.
         untimed: rows without an interval in one of them.
+        disturbed: rows that were disturbed in one of them.
     """
 
     overlap: int = 0
     apart: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     untimed: int = 0
+    disturbed: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         total.apart += found.apart
         total.alone += found.alone
         total.untimed += found.untimed
+        total.disturbed += found.disturbed
     print(f"together: {_counts(total)}")
     return 0
 
@@ -114,6 +118,8 @@ def compare(one: Sequence[Measurement], other: Sequence[Measurement]) -> Compari
         first, second = _interval(keyed[key]), _interval(others[key])
         if first is None or second is None:
             found.untimed += 1
+        elif disturbed([keyed[key], others[key]]):
+            found.disturbed += 1
         elif first[0] <= second[1] and second[0] <= first[1]:
             found.overlap += 1
         else:
@@ -151,6 +157,6 @@ def _words(row: Measurement) -> str:
 
 def _counts(found: Comparison) -> str:
     return (
-        f"{found.overlap} ratios reproduced, {len(found.apart)} apart, {found.untimed} rows without an interval, "
-        f"{len(found.alone)} in one of the two"
+        f"{found.overlap} ratios reproduced, {len(found.apart)} apart, {found.disturbed} disturbed, "
+        f"{found.untimed} rows without an interval, {len(found.alone)} in one of the two"
     )

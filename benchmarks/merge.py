@@ -2,7 +2,7 @@
 
 The percentiles of one run say how far its rounds scatter. Runs scatter further: memory lies otherwise in each process,
 and a shared machine changes by the minute. So the numbers are those of the middle run, which go together, and the
-intervals are the widest of all runs.
+intervals are the widest of all runs. Measurements that other processes disturbed do not count where there are others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compare import MEASURED, by_work
-from benchmarks.pictures.measurements import Measurement, number
+from benchmarks.pictures.measurements import Measurement, disturbed, number
 from benchmarks.record import HEADINGS
 from benchmarks.tables.files import load
 
@@ -96,7 +96,8 @@ def merged(rows: Sequence[Measurement]) -> Measurement:
     """One row for those of several runs.
 
     Args:
-        rows: that differ in what was measured; the first one's numbers are kept.
+        rows: that differ in what was measured; the first one's numbers are kept, of those that were not disturbed in
+            more than half of their rounds.
 
     Returns:
         The first, with the lowest of the 20 % percentiles and the highest of the 80 % percentiles; nothing where a run
@@ -106,12 +107,14 @@ def merged(rows: Sequence[Measurement]) -> Measurement:
         >>> merged([{"ratio_to_fastswa": "3.1", "ratio_p80": "3.3"}, {"ratio_to_fastswa": "3.0", "ratio_p80": "3.5"}])
         {'ratio_to_fastswa': '3.1', 'ratio_p80': '3.5'}
     """
-    result = dict(rows[0])
+    quiet = [row for row in rows if not disturbed([row])] or rows
+    result = dict(quiet[0])
     for column in filter(MEASURED.fullmatch, result):
-        values = [row[column] for row in rows]
+        values = [row[column] for row in quiet]
         if column == "checked":
-            result[column] = next((value for value in values if value.startswith(("wrong", "skipped"))), values[0])
-        elif "" in values:
+            words = [row[column] for row in rows]
+            result[column] = next((word for word in words if word.startswith(("wrong", "skipped"))), words[0])
+        elif any(row[column] == "" for row in rows):
             result[column] = ""
         elif column in _COUNTS:
             result[column] = str(sum(map(int, values)))

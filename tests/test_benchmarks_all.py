@@ -82,17 +82,21 @@ def test_intervals_that_do_not_overlap_are_listed(tmp_path: Path, capsys: pytest
     for folder, ratios, seconds in ((one, ("3.5", "0.8"), "6"), (other, ("3.9", "1.1"), "5")):
         folder.mkdir()
         rows = [
-            update("resnet50", OURS, "5000", "1", ratio_p20="1", ratio_p80="1"),
+            update("resnet50", OURS, "5000", "1", ratio_p20="1", ratio_p80="1", rounds=9),
             # 3.5 reaches 3.85, and 3.9 reaches down to 3.51; 0.8 ends at 0.88, and 1.1 starts at 0.99.
-            *(update("resnet50", name, "18900", ratio) for name, ratio in zip((TORCH, CACHED), ratios, strict=True)),
-            update("resnet50", f"only in {folder.name}", "1", "1"),
+            *(
+                update("resnet50", name, "18900", ratio, rounds=9)
+                for name, ratio in zip((TORCH, CACHED), ratios, strict=True)
+            ),
+            update("resnet50", f"only in {folder.name}", "1", "1", rounds=9),
+            update("gpt2", TORCH, "1", ratios[1], rounds=9, disturbed=5 if folder == one else 0),
         ]
         write(folder / "cpu.csv", f"update --seconds-per-case {seconds}", rows, threads="2" if folder == one else "4")
     write(one / "swap-cpu.csv", "swap", rows)
     # It informs, and judges nothing.
     assert main(["compare", str(one), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    counts = "1 ratios reproduced, 1 apart, 1 rows without an interval, 2 in one of the two"
+    counts = "1 ratios reproduced, 1 apart, 1 disturbed, 1 rows without an interval, 2 in one of the two"
     assert lines == [
         f"cpu.csv: {counts}",
         "  another threads: 2, 4",

@@ -68,6 +68,22 @@ def test_what_was_wrong_once_has_no_time(tmp_path: Path) -> None:
     assert {row[name] for name in ("p20_us", "p50_us", "p80_us", "ratio_to_fastswa", "ratio_p20")} == {""}
 
 
+def test_what_was_disturbed_does_not_count(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("quiet", "disturbed", "quiet too")]
+    for folder, ratio, disturbed in zip(folders, ("3.5", "9", "3"), (4, 5, 0), strict=True):
+        folder.mkdir()
+        times = {OURS: "1000", TORCH: f"{1000 * float(ratio):g}"}
+        rows = [update("gpt2", name, time, ratio, rounds=9, disturbed=disturbed) for name, time in times.items()]
+        rows.append(update("resnet50", TORCH, "1000", ratio, rounds=9, disturbed=5))
+        write(folder / "cpu.csv", "update", rows)
+    merge(folders, tmp_path)
+    _, gpt2, resnet50 = read(tmp_path / "cpu.csv", ())
+    columns = ("p50_us", "ratio_to_fastswa", "ratio_p20", "ratio_p80", "rounds", "disturbed")
+    assert [gpt2[column] for column in columns] == ["3500", "3.5", "2.7", "3.85", "18", "4"]
+    # No other is there.
+    assert [resnet50[column] for column in columns[2:]] == ["2.7", "9.9", "27", "15"]
+
+
 def test_a_file_without_rows_is_left_out(folders: list[Path], tmp_path: Path) -> None:
     heading = (folders[0] / "cpu.csv").read_text().splitlines()[0]
     (folders[0] / "step-cpu.csv").write_text(heading + "\n")

@@ -83,9 +83,9 @@ def disturbed(rows: Iterable[Measurement]) -> bool:
     """Whether other processes ran in more than half of the rounds of any row.
 
     Args:
-        rows: with the column "disturbed", and "rounds" where they were not all of `ROUNDS`.
+        rows: with the column "disturbed" where it was noticed, and "rounds" where they were not all of `ROUNDS`.
     """
-    return any(2 * int(row["disturbed"]) > int(row.get("rounds") or ROUNDS) for row in rows)
+    return any(2 * int(row.get("disturbed") or 0) > int(row.get("rounds") or ROUNDS) for row in rows)
 
 
 def milliseconds(time: float) -> str:
