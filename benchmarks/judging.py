@@ -83,16 +83,20 @@ class Verdict:
         """ "met", "NOT MET" or "not measured"."""
         if self.value is None:
             return "not measured"
-        return "met" if self.margin >= 0 else "NOT MET"
+        best = self.interval[1] if self.interval and self.target.at_least == 1 else self.value
+        return "met" if self._margin(best) >= 0 else "NOT MET"
 
     @property
-    def margin(self) -> float:
-        """How far the value is on the right side of the bound, in parts of the bound."""
+    def rank(self) -> tuple[bool, float]:
+        """Lower for what is worse: what is not met before what is, and then by the value."""
         assert self.value is not None
+        return self.word == "met", self._margin(self.value)
+
+    def _margin(self, value: float) -> float:
+        """How far a value is on the right side of the bound, in parts of the bound."""
         if self.target.at_least is None:
             assert self.target.at_most is not None
-            return (self.target.at_most - self.value) / (self.target.at_most or 1.0)
-        value = self.interval[1] if self.interval and self.target.at_least == 1 else self.value
+            return (self.target.at_most - value) / (self.target.at_most or 1.0)
         return value / self.target.at_least - 1
 
     @property
@@ -133,7 +137,7 @@ def judge(target: Target, rows: Iterable[Row]) -> Verdict:
     measured = [verdict for verdict in verdicts if verdict.value is not None]
     if not measured:
         return Verdict(target)
-    worst = min(measured, key=lambda verdict: verdict.margin)
+    worst = min(measured, key=lambda verdict: verdict.rank)
     # Where all are the same, a name says nothing.
     return worst if len({verdict.value for verdict in measured}) > 1 else replace(worst, case="")
 

@@ -56,8 +56,8 @@ def merge(folders: Sequence[Path], output: Path) -> list[Path]:
 
     Args:
         folders: with the CSV files of a run each; some may lack a file, or its rows.
-        output: an existing folder for the merged files. Where a file is of more than one run, the command of its rows
-            ends with their number, as a comment.
+        output: an existing folder for the merged files. Where a row is of more than one run, its command ends with
+            their number, as a comment.
 
     Returns:
         The files that were written.
@@ -78,9 +78,10 @@ def _write(path: Path, runs: Sequence[Sequence[Measurement]]) -> None:
     for rows in (middle, *(rows for rows in runs if rows is not middle)):
         for key, row in by_work(rows):
             found.setdefault(key, []).append(row)
-    together = [merged(rows) for rows in found.values()]
-    if len(runs) > 1:
-        together = [row | {"command": f"{row['command']} # {len(runs)} runs"} for row in together]
+    together = [
+        merged(rows) | ({"command": f"{rows[0]['command']} # {len(rows)} runs"} if len(rows) > 1 else {})
+        for rows in found.values()
+    ]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADINGS.get(column, column) for column in together[0])

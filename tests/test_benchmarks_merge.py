@@ -47,7 +47,7 @@ def test_the_middle_run_and_the_widest_intervals(folders: list[Path], tmp_path: 
     # A tenth below the least ratio, and above the greatest; the times have no interval of their own in each file.
     assert [torch[name] for name in ("ratio_p20", "ratio_p80", "p20_us", "p80_us")] == ["2.7", "4.29", "17000", "20000"]
     assert [ours["rounds"], torch["rounds"], cached["rounds"]] == ["27", "15", "7"]
-    assert cached["ratio_to_fastswa"] == "1.1"
+    assert [cached["ratio_to_fastswa"], cached["command"]] == ["1.1", "python -m benchmarks update"]
     assert read(tmp_path / "swap-cpu.csv", ())[0]["command"].endswith("# 2 runs")
 
 
