@@ -78,10 +78,12 @@ def _write(path: Path, runs: Sequence[Sequence[Measurement]]) -> None:
     for rows in (middle, *(rows for rows in runs if rows is not middle)):
         for key, row in by_work(rows):
             found.setdefault(key, []).append(row)
-    together = [
-        merged(rows) | ({"command": f"{rows[0]['command']} # {len(rows)} runs"} if len(rows) > 1 else {})
-        for rows in found.values()
-    ]
+    together = []
+    for rows in found.values():
+        row = merged(rows)
+        if len(rows) > 1:
+            row["command"] += f" # {len(rows)} runs"
+        together.append(row)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADINGS.get(column, column) for column in together[0])

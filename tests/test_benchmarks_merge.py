@@ -70,16 +70,19 @@ def test_what_was_wrong_once_has_no_time(tmp_path: Path) -> None:
 
 def test_what_was_disturbed_does_not_count(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("quiet", "disturbed", "quiet too")]
-    for folder, ratio, disturbed in zip(folders, ("3.5", "9", "3"), (4, 5, 0), strict=True):
+    runs = (("3500", "3.5", 4), ("3200", "9", 5), ("3000", "3", 0))
+    for folder, (time, ratio, disturbed) in zip(folders, runs, strict=True):
         folder.mkdir()
-        times = {OURS: "1000", TORCH: f"{1000 * float(ratio):g}"}
+        times = {OURS: "1000", TORCH: time}
         rows = [update("gpt2", name, time, ratio, rounds=9, disturbed=disturbed) for name, time in times.items()]
         rows.append(update("resnet50", TORCH, "1000", ratio, rounds=9, disturbed=5))
-        write(folder / "cpu.csv", "update", rows)
+        write(folder / "cpu.csv", f"update {folder.name}", rows)
     merge(folders, tmp_path)
     _, gpt2, resnet50 = read(tmp_path / "cpu.csv", ())
     columns = ("p50_us", "ratio_to_fastswa", "ratio_p20", "ratio_p80", "rounds", "disturbed")
     assert [gpt2[column] for column in columns] == ["3500", "3.5", "2.7", "3.85", "18", "4"]
+    # The command of the run whose numbers they are, and not of the middle one, which was disturbed.
+    assert gpt2["command"] == "python -m benchmarks update quiet # 3 runs"
     # No other is there.
     assert [resnet50[column] for column in columns[2:]] == ["2.7", "9.9", "27", "15"]
 
