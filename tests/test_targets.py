@@ -66,6 +66,12 @@ def test_an_interval_excuses_no_other_bound() -> None:
 def test_the_worst_row_is_judged_and_named() -> None:
     rows = [row(CACHED, case, ratio_to_fastswa=value) for case, value in (("resnet20", 0.9), ("preresnet164", 0.8))]
     assert lines("cpu", *rows) == ["NOT MET: 0.800 times as fast as cached _foreach_lerp_ on PreResNet-164, asked >= 1"]
+    # Both are met; a wide interval does not hide the lower value.
+    wide, narrow = (
+        row(CACHED, case, ratio_to_fastswa=value, ratio_p20="0.9", ratio_p80=high)
+        for case, value, high in (("resnet20", "0.95", "1.4"), ("preresnet164", "1.1", "1.2"))
+    )
+    assert lines("cpu", narrow, wide)[0].startswith("met: 0.950 (0.900 to 1.40) times as fast")
     reads = [
         row(OURS, case, "bf16", device_reads=value) for case, value in (("resnet20", 0), ("vit_b", 2), ("gpt2", 1))
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastswa.module_update import check_values
-from fastswa.pairing import canonical
+from fastswa.pairing import canonical, named_tensors
 
 Weights = nn.Module | Mapping[str, Tensor]
 """A module (of an AveragedModel the averaged one), or a mapping name -> tensor such as a state dict."""
@@ -89,9 +89,9 @@ def read(weights: Weights, role: str) -> NamedWeights:
     if isinstance(weights, nn.Module):
         check_values(weights, role)
         saved = weights.state_dict(keep_vars=True).keys()
-        named: Sequence[tuple[str, object]] = list(nn.Module.named_parameters(weights, remove_duplicate=False))
+        named: Sequence[tuple[str, object]] = named_tensors(weights, "_parameters")
         parameters = frozenset(canonical(name) for name, _ in named)
-        buffers = nn.Module.named_buffers(weights, remove_duplicate=False)
+        buffers = named_tensors(weights, "_buffers")
         named = [*named, *((name, buffer) for name, buffer in buffers if name in saved)]
     elif isinstance(weights, Mapping):
         # What modules store beside tensors.
